@@ -1,0 +1,96 @@
+// What one attention call is: shapes, strides, mask, dropout. Filled by csrc/ops with designated
+// initialisers, read by every kernel, on every device.
+//
+// Alphabet of the shape comments: batch (flattened), query_heads = kv_heads * group, q_len, kv_len,
+// head_dim (query, key), value_dim (value, out).
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+#include "strided_view.h"
+
+namespace torch_ext {
+
+struct AttentionShape {
+  std::array<std::int64_t, kMaxBatchDims> batch_sizes{1, 1, 1, 1};
+  std::int64_t query_heads = 1;  // a multiple of kv_heads: head h reads kv head h / group
+  std::int64_t kv_heads = 1;
+  std::int64_t q_len = 0;
+  std::int64_t kv_len = 0;
+  std::int64_t head_dim = 0;
+  std::int64_t value_dim = 0;
+
+  constexpr std::int64_t batch() const {
+    return batch_sizes[0] * batch_sizes[1] * batch_sizes[2] * batch_sizes[3];
+  }
+  constexpr std::int64_t group() const { return kv_heads == 0 ? 1 : query_heads / kv_heads; }
+};
+
+enum class AttentionMaskKind : std::uint8_t { kNone, kBoolean, kAdditive };
+
+/// Which (query, key) pairs take part. All that is given applies together.
+struct AttentionMasking {
+  /// (batch, query_heads, q_len, kv_len). kBoolean: bytes, non-zero = attend. kAdditive: added to
+  /// the scaled scores, dtype `mask_dtype`.
+  AttentionMaskKind kind = AttentionMaskKind::kNone;
+  ScalarType mask_dtype = ScalarType::kFloat32;
+  ConstStridedView mask{};
+  /// (batch, kv_len) bytes, non-zero = ignore that key, as nn.MultiheadAttention's. Only
+  /// batch_strides and col_stride are used; data == nullptr: none.
+  ConstStridedView key_padding{};
+  /// Query i attends to keys j <= i + causal_offset: 0 aligns top left, kv_len - q_len lower right.
+  bool is_causal = false;
+  std::int64_t causal_offset = 0;
+};
+
+struct AttentionDropout {
+  double probability = 0.0;
+  /// One 64-bit seed in the kernel's own memory; read only when probability > 0.
+  const std::int64_t* seed = nullptr;
+};
+
+/// out = softmax(scale * query key^T + mask) value. A row that attends to nothing gives out = 0 and
+/// logsumexp = -inf.
+struct AttentionForwardParams {
+  ScalarType dtype = ScalarType::kFloat32;  // of query, key, value, out
+  AttentionShape shape{};
+  ConstStridedView query{};  // (batch, query_heads, q_len, head_dim)
+  ConstStridedView key{};    // (batch, kv_heads, kv_len, head_dim)
+  ConstStridedView value{};  // (batch, kv_heads, kv_len, value_dim)
+  StridedView out{};         // (batch, query_heads, q_len, value_dim)
+  /// (batch, query_heads, q_len) contiguous; natural logarithm; float, or double for kFloat64.
+  /// May be null.
+  void* logsumexp = nullptr;
+  double scale = 1.0;
+  AttentionMasking masking{};
+  AttentionDropout dropout{};
+};
+
+/// Gradients of AttentionForwardParams' out and logsumexp. With P the normalised weights, keep the
+/// dropout factor and delta = rowsum(grad_out * out) - grad_logsumexp:
+///   dP = grad_out value^T * keep,  dS = P * (dP - delta),
+///   grad_query = scale dS key,  grad_key = scale dS^T query,  grad_value = (P * keep)^T grad_out.
+struct AttentionBackwardParams {
+  ScalarType dtype = ScalarType::kFloat32;  // of all tensors but the mask and logsumexp
+  AttentionShape shape{};
+  ConstStridedView query{};
+  ConstStridedView key{};
+  ConstStridedView value{};
+  ConstStridedView out{};
+  ConstStridedView grad_out{};               // any strides, 0 too
+  const void* logsumexp = nullptr;           // as written by the forward pass
+  const void* grad_logsumexp = nullptr;      // the same layout and type, or null
+  StridedView grad_query{};                  // every gradient is written whole, never read
+  StridedView grad_key{};
+  StridedView grad_value{};
+  /// Gradient of an additive mask: float (double for kFloat64), in the mask's own shape, a stride
+  /// of 0 standing for each dimension that the mask broadcasts (size 1 there). data == nullptr: not
+  /// wanted. Its strides are 0 exactly where the mask's are broadcast.
+  StridedView grad_mask{};
+  double scale = 1.0;
+  AttentionMasking masking{};
+  AttentionDropout dropout{};
+};
+
+}  // namespace torch_ext

@@ -1,0 +1,343 @@
+// Few queries against long keys and values (FlashDecoding's case): lanes run along head_dim, K and V
+// are streamed once for all grouped rows. Bound by memory bandwidth.
+
+struct LoadFloat {
+  static constexpr ScalarType kType = ScalarType::kFloat32;
+  TORCH_EXT_INLINE FloatVector at(const void* p) { return load<float>(p); }
+};
+struct LoadBf16 {
+  static constexpr ScalarType kType = ScalarType::kBFloat16;
+  TORCH_EXT_INLINE FloatVector at(const void* p) { return bf16_to_float(p); }
+};
+struct LoadFp16 {
+  static constexpr ScalarType kType = ScalarType::kFloat16;
+  TORCH_EXT_INLINE FloatVector at(const void* p) { return fp16_to_float(p); }
+};
+
+/// kRows: 1, 2 or 4 rows at once, of which params' may be fewer (3 of 4).
+template <typename Loader, int kRows>
+struct DecodeKernel {
+  using Base = ForwardKernel<FloatContraction>;
+  static constexpr int kLanes = kFloatLanes;
+  static constexpr std::int64_t kElement = Loader::kType == ScalarType::kFloat32 ? 4 : 2;
+  static constexpr int kKeysPerStep = 8;
+
+  const Base& base;
+
+  /// scores[row][key] = query(row) . key for the block.
+  void dot_products(const float* query, std::int64_t padded, const char* keys,
+                    std::int64_t row_bytes, std::int64_t count, float* scores) const {
+    constexpr int kKeys = kLanes >= kRows ? kLanes / kRows : 1;  // per step: kLanes sums
+    const std::int64_t head_dim = base.params.shape.head_dim;
+    const std::int64_t whole = head_dim / kLanes * kLanes;
+    for (std::int64_t key = 0; key < count; key += kKeys) {
+      const char* rows[kKeys];
+      for (int i = 0; i < kKeys; ++i) rows[i] = keys + min_of(key + i, count - 1) * row_bytes;
+      FloatVector sum[kLanes] = {};
+      for (std::int64_t d = 0; d < head_dim; d += kLanes) {
+        FloatVector q[kRows];
+#pragma GCC unroll 4
+        for (int row = 0; row < kRows; ++row) q[row] = load<float>(query + row * padded + d);
+#pragma GCC unroll 16
+        for (int i = 0; i < kKeys; ++i) {
+          const FloatVector k =
+              d < whole ? Loader::at(rows[i] + d * kElement)
+                        : load_elements<float>(rows[i] + d * kElement, Loader::kType, 1,
+                                               head_dim - d);
+#pragma GCC unroll 4
+          for (int row = 0; row < kRows; ++row) sum[row * kKeys + i] += q[row] * k;
+        }
+      }
+      const FloatVector dots = reduce_rows<float>(sum);
+      for (int row = 0; row < kRows; ++row) {
+        __builtin_memcpy(scores + row * base.plan.kv_block + key,
+                         reinterpret_cast<const float*>(&dots) + row * kKeys, kKeys * 4);
+      }
+    }
+  }
+
+  /// out[row] += sum over keys of weight(row, key) * value(key).
+  void weighted_values(const float* weights, const char* values, std::int64_t row_bytes,
+                       std::int64_t count, float* out, std::int64_t padded) const {
+    const std::int64_t value_dim = base.params.shape.value_dim;
+    const std::int64_t whole = value_dim / kLanes * kLanes;
+    std::int64_t key = 0;
+    for (; key + kKeysPerStep <= count; key += kKeysPerStep) {
+      std::int64_t d = 0;
+      for (; d + 2 * kLanes <= whole; d += 2 * kLanes) {
+        add_weighted<2, kKeysPerStep>(weights + key, values + key * row_bytes, row_bytes, out,
+                                      padded, d);
+      }
+      for (; d < whole; d += kLanes) {
+        add_weighted<1, kKeysPerStep>(weights + key, values + key * row_bytes, row_bytes, out,
+                                      padded, d);
+      }
+    }
+    for (; key < count; ++key) {
+      for (std::int64_t d = 0; d < whole; d += kLanes) {
+        add_weighted<1, 1>(weights + key, values + key * row_bytes, row_bytes, out, padded, d);
+      }
+    }
+    if (whole == value_dim) return;
+    for (std::int64_t k = 0; k < count; ++k) {
+      const FloatVector v = load_elements<float>(values + k * row_bytes + whole * kElement,
+                                                 Loader::kType, 1, value_dim - whole);
+      for (int row = 0; row < kRows; ++row) {
+        float* target = out + row * padded + whole;
+        store<float>(target, load<float>(target) + weights[row * base.plan.kv_block + k] * v);
+      }
+    }
+  }
+
+  template <int kVectors, int kKeys>
+  TORCH_EXT_INLINE void accumulate(FloatVector (&sum)[kRows][kVectors], const float* weights,
+                                   std::int64_t weight_stride, const char* values,
+                                   std::int64_t row_bytes) {
+#pragma GCC unroll 8
+    for (int k = 0; k < kKeys; ++k) {
+#pragma GCC unroll 2
+      for (int j = 0; j < kVectors; ++j) {
+        const FloatVector v = Loader::at(values + k * row_bytes + j * kLanes * kElement);
+#pragma GCC unroll 4
+        for (int row = 0; row < kRows; ++row) sum[row][j] += weights[row * weight_stride + k] * v;
+      }
+    }
+  }
+
+  template <int kVectors, int kKeys>
+  void add_weighted(const float* weights, const char* values, std::int64_t row_bytes, float* out,
+                    std::int64_t padded, std::int64_t d) const {
+    FloatVector sum[kRows][kVectors];
+    for (int row = 0; row < kRows; ++row) {
+      for (int j = 0; j < kVectors; ++j) sum[row][j] = load<float>(out + row * padded + d + j * kLanes);
+    }
+    accumulate<kVectors, kKeys>(sum, weights, base.plan.kv_block, values + d * kElement, row_bytes);
+    for (int row = 0; row < kRows; ++row) {
+      for (int j = 0; j < kVectors; ++j) store<float>(out + row * padded + d + j * kLanes, sum[row][j]);
+    }
+  }
+
+  struct Row {
+    std::int64_t query_offset, out_offset, mask_offset;
+    std::int64_t last_key;
+    std::int64_t slice;
+    std::int64_t query;
+    float maximum, sum;
+  };
+
+  void modify_scores(const Row& row, const std::uint8_t* padding, std::int64_t first,
+                     std::int64_t count, float* scores) const {
+    const AttentionMasking& masking = base.params.masking;
+    if (masking.kind != AttentionMaskKind::kNone) {
+      const ScalarType type = masking.kind == AttentionMaskKind::kAdditive ? masking.mask_dtype
+                                                                           : ScalarType::kBool;
+      const char* mask = element_at(masking.mask.data, type, row.mask_offset);
+      for (std::int64_t key = 0; key < count; key += kLanes) {
+        store<float>(scores + key,
+                     add_mask<float>(load<float>(scores + key),
+                                     load_mask<float>(mask, type, masking.mask.col_stride,
+                                                      first + key, min_of(count - key, kLanes))));
+      }
+    }
+    for (std::int64_t key = 0; key < count; ++key) {
+      const bool ignored =
+          (padding != nullptr && padding[(first + key) * masking.key_padding.col_stride]) ||
+          first + key > row.last_key;
+      if (ignored) scores[key] = -kInfinity<float>;
+    }
+  }
+
+  /// Scores become weights; the row's maximum, sum and output follow.
+  void softmax(Row& row, float* scores, std::int64_t count, float* out, std::int64_t padded) const {
+    for (std::int64_t key = count; key < round_up(count, kLanes); ++key) {
+      scores[key] = -kInfinity<float>;
+    }
+    FloatVector best = broadcast(row.maximum);
+    for (std::int64_t key = 0; key < count; key += kLanes) {
+      best = vector_max(best, load<float>(scores + key));
+    }
+    const float maximum = horizontal_max<float>(best);
+    if (maximum > row.maximum + 8.0f) {
+      const float shrink = exp2_vector(broadcast(row.maximum - maximum))[0];
+      row.sum *= shrink;
+      row.maximum = maximum;
+      for (std::int64_t d = 0; d < padded; d += kLanes) {
+        store<float>(out + d, load<float>(out + d) * shrink);
+      }
+    }
+    const float reference = row.maximum == -kInfinity<float> ? 0.0f : row.maximum;
+    FloatVector sum{};
+    for (std::int64_t key = 0; key < count; key += kLanes) {
+      const FloatVector x = load<float>(scores + key) - reference;
+      const FloatVector weight = x < -126.0f ? FloatVector{} : exp2_vector(x);
+      sum += weight;
+      store<float>(scores + key, weight);
+    }
+    row.sum += horizontal_sum<float>(sum);
+  }
+
+  void drop_weights(const Row& row, std::int64_t first, std::int64_t count, float* weights) const {
+    for (std::int64_t key = 0; key < count; key += kDropoutKeysPerCall) {
+      PhiloxBlock counter{{static_cast<std::uint32_t>(row.query),
+                           static_cast<std::uint32_t>((first + key) / kDropoutKeysPerCall),
+                           static_cast<std::uint32_t>(row.slice), 0u}};
+      const PhiloxBlock block = philox4x32_10(counter, base.dropout.seed);
+      for (std::int64_t i = 0; i < min_of(count - key, kDropoutKeysPerCall); ++i) {
+        const std::uint32_t bits = block.word[i / 2] >> (16 * (i % 2)) & 0xFFFFu;
+        if (bits < base.dropout.threshold) weights[key + i] = 0.0f;
+      }
+    }
+  }
+
+  void run_task(int worker, std::int64_t pair, std::int64_t split) const {
+    const AttentionForwardParams& params = base.params;
+    const ForwardPlan& plan = base.plan;
+    const AttentionShape& shape = params.shape;
+    const AttentionMasking& masking = params.masking;
+    const std::int64_t batch = pair / shape.kv_heads;
+    const std::int64_t kv_head = pair % shape.kv_heads;
+    const std::int64_t heads = base.group();
+    const std::int64_t query_padded = round_up(shape.head_dim, kLanes);
+    const std::int64_t value_padded = round_up(shape.value_dim, kLanes);
+    typename Base::Scratch scratch{base.workspace + plan.worker_offset +
+                                   worker * plan.worker_bytes};
+    float* query = scratch.template take<float>(kDecodeRows * query_padded);
+    float* out = scratch.template take<float>(kDecodeRows * value_padded);
+    float* scores = scratch.template take<float>(kDecodeRows * plan.kv_block + kLanes);
+
+    Row rows[kRows];
+    std::int64_t kv_end = 0;
+    for (int r = 0; r < kRows; ++r) {
+      Row& row = rows[r];
+      const std::int64_t index = min_of(r, plan.rows - 1);  // a missing row repeats the last one
+      const std::int64_t head = kv_head * heads + index % heads;
+      row.query = index / heads;
+      row.slice = batch * shape.query_heads + head;
+      row.query_offset = slice_offset(params.query, shape.batch_sizes, batch, head) +
+                         row.query * params.query.row_stride;
+      row.out_offset = slice_offset(params.out, shape.batch_sizes, batch, head) +
+                       row.query * params.out.row_stride;
+      row.mask_offset = masking.kind == AttentionMaskKind::kNone
+                            ? 0
+                            : slice_offset(masking.mask, shape.batch_sizes, batch, head) +
+                                  row.query * masking.mask.row_stride;
+      row.last_key = masking.is_causal ? min_of(row.query + masking.causal_offset, shape.kv_len - 1)
+                                       : shape.kv_len - 1;
+      row.maximum = -kInfinity<float>;
+      row.sum = 0.0f;
+      kv_end = max_of(kv_end, row.last_key + 1);
+      for (std::int64_t d = 0; d < query_padded; d += kLanes) {
+        store<float>(query + r * query_padded + d,
+                     load_elements<float>(
+                         element_at(params.query.data, params.dtype,
+                                    row.query_offset + d * params.query.col_stride),
+                         params.dtype, params.query.col_stride, shape.head_dim - d) *
+                         static_cast<float>(params.scale * kLog2eDouble));
+      }
+      for (std::int64_t d = 0; d < value_padded; d += kLanes) {
+        store<float>(out + r * value_padded + d, FloatVector{});
+      }
+    }
+    const std::uint8_t* padding = nullptr;
+    if (masking.key_padding.data != nullptr) {
+      padding = static_cast<const std::uint8_t*>(masking.key_padding.data) +
+                slice_offset(masking.key_padding, shape.batch_sizes, batch, 0);
+    }
+    const char* keys = element_at(params.key.data, params.dtype,
+                                  slice_offset(params.key, shape.batch_sizes, batch, kv_head));
+    const char* values = element_at(params.value.data, params.dtype,
+                                    slice_offset(params.value, shape.batch_sizes, batch, kv_head));
+    const std::int64_t map_slice =
+        plan.mask_map.used ? mask_map_slice(plan.mask_map, shape, batch, kv_head) : 0;
+    const std::int64_t kv_begin = split * plan.kv_split_len;
+    kv_end = min_of(kv_end, kv_begin + plan.kv_split_len);
+    const bool modified = masking.kind != AttentionMaskKind::kNone || masking.is_causal ||
+                          masking.key_padding.data != nullptr;
+    for (std::int64_t first = kv_begin; first < kv_end; first += plan.kv_block) {
+      const std::int64_t count = min_of(plan.kv_block, kv_end - first);
+      if (plan.mask_map.used &&
+          base.mask_map[map_slice * plan.mask_map.column_tiles + first / plan.kv_block] ==
+              TileClass::kEmpty) {
+        continue;
+      }
+      if (padding != nullptr && classify_key_padding(padding, masking.key_padding.col_stride, first,
+                                                     count) == TileClass::kEmpty) {
+        continue;
+      }
+      dot_products(query, query_padded, keys + first * params.key.row_stride * kElement,
+                   params.key.row_stride * kElement, count, scores);
+      for (int r = 0; r < kRows; ++r) {
+        float* row_scores = scores + r * plan.kv_block;
+        if (modified) modify_scores(rows[r], padding, first, count, row_scores);
+        softmax(rows[r], row_scores, count, out + r * value_padded, value_padded);
+        if (base.dropout.active) drop_weights(rows[r], first, count, row_scores);
+      }
+      weighted_values(scores, values + first * params.value.row_stride * kElement,
+                      params.value.row_stride * kElement, count, out, value_padded);
+    }
+    for (std::int64_t r = 0; r < plan.rows; ++r) {
+      const Row& row = rows[r];
+      if (plan.kv_splits > 1) {
+        float* partial = base.partial_of(pair, split, r);
+        for (std::int64_t d = 0; d < shape.value_dim; ++d) partial[d] = out[r * value_padded + d];
+        partial[shape.value_dim] = row.maximum;
+        partial[shape.value_dim + 1] = row.sum;
+        continue;
+      }
+      const float inverse =
+          row.sum == 0.0f ? 0.0f : static_cast<float>(base.dropout.scale) / row.sum;
+      for (std::int64_t d = 0; d < shape.value_dim; d += kLanes) {
+        store_elements<float>(
+            element_at(params.out.data, params.dtype, row.out_offset + d * params.out.col_stride),
+            params.dtype, params.out.col_stride, shape.value_dim - d,
+            load<float>(out + r * value_padded + d) * inverse);
+      }
+      if (params.logsumexp != nullptr) {
+        static_cast<float*>(params.logsumexp)[row.slice * shape.q_len + row.query] =
+            Base::log_sum(row.maximum, row.sum);
+      }
+    }
+  }
+};
+
+template <typename Loader>
+static void run_decode_rows(const ForwardKernel<FloatContraction>& base, const TaskRunner& runner) {
+  const ForwardPlan& plan = base.plan;
+  const auto run = [&](const auto& kernel) {
+    run_tasks(runner, plan.pairs * plan.kv_splits, [&kernel, &plan](int worker, std::int64_t task) {
+      kernel.run_task(worker, task / plan.kv_splits, task % plan.kv_splits);
+    });
+  };
+  if (plan.rows == 1) {
+    run(DecodeKernel<Loader, 1>{base});
+  } else if (plan.rows == 2) {
+    run(DecodeKernel<Loader, 2>{base});
+  } else {
+    run(DecodeKernel<Loader, 4>{base});
+  }
+}
+
+static void run_decode(const AttentionForwardParams& params, const ForwardPlan& plan,
+                       const TaskRunner& runner, char* workspace) {
+  TileClass* map = reinterpret_cast<TileClass*>(workspace + plan.mask_map.offset);
+  if (plan.mask_map.used) {
+    build_mask_map(params.masking, params.shape, plan.mask_map, params.shape.group(), runner, map);
+  }
+  const ForwardKernel<FloatContraction> base{params, plan, map, workspace,
+                                             dropout_state(params.dropout)};
+  switch (params.dtype) {
+    case ScalarType::kBFloat16:
+      run_decode_rows<LoadBf16>(base, runner);
+      break;
+    case ScalarType::kFloat16:
+      run_decode_rows<LoadFp16>(base, runner);
+      break;
+    default:
+      run_decode_rows<LoadFloat>(base, runner);
+  }
+  if (plan.kv_splits > 1) {
+    run_tasks(runner, plan.pairs * plan.rows, [&base, &plan](int, std::int64_t task) {
+      base.combine_row(task / plan.rows, task % plan.rows);
+    });
+  }
+}

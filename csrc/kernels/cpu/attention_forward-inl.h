@@ -1,0 +1,523 @@
+// Transposed flash attention, forward (Dao et al., FlashAttention, arXiv 2205.14135; online softmax
+// of Milakov and Gimelshein, arXiv 1805.02867). Lanes are queries:
+//   S^T (kv_block, sub_tile) = K Q^T,  O^T (value_dim, sub_tile) += V^T P^T,
+// so K and V are broadcast from where they lie, and maxima and sums run down the lanes.
+
+/// The rows of one sub-tile and their running softmax. Arrays have one entry per lane.
+template <typename Policy>
+struct QueryTile {
+  using T = typename Policy::Compute;
+  typename Policy::Scalar* panel;     // (head_dim / depth, lanes): Q^T, scaled where depth is 1
+  T* out;                             // (value_dim, lanes): O^T, not normalised
+  T* maximum;                         // of the scores, log2 domain
+  T* sum;                             // of the weights before dropout
+  typename Simd<T>::Int* last_key;    // the last key that causality allows
+  std::uint32_t* query;               // position, for dropout
+  std::uint32_t* slice;               // batch * query_heads + head, for dropout
+  std::int64_t* query_offset;         // of the row in query, out and mask, in elements
+  std::int64_t* out_offset;
+  std::int64_t* mask_offset;
+  std::int64_t count;                 // rows; the other lanes compute on zeros
+  int vectors;
+  std::int64_t first_allowed_end;     // keys from here on are masked for some row
+  std::int64_t last_allowed_end;      // ... and for all rows
+  std::int64_t row_tile;              // index into the mask map
+  bool started;
+};
+
+/// A block of keys, staged.
+template <typename Policy>
+struct KeyBlock {
+  LeftOperand<Policy> key;    // over columns
+  LeftOperand<Policy> value;  // over rows
+  std::int64_t first;
+  std::int64_t count;
+  TileClass padding;
+  const std::uint8_t* padding_bytes;  // of key 0, where there is key padding
+};
+
+template <typename Policy>
+struct ForwardKernel {
+  using T = typename Policy::Compute;
+  using Scalar = typename Policy::Scalar;
+  using Int = typename Simd<T>::Int;
+  using IntVector = typename Simd<T>::IntVector;
+  static constexpr int kLanes = Simd<T>::kLanes;
+  static constexpr int kSubTile = kMaxVectors * kLanes;
+
+  const AttentionForwardParams& params;
+  const ForwardPlan& plan;
+  const TileClass* mask_map;
+  char* workspace;
+  DropoutState dropout;
+
+  /// Lays the private area of a worker out; the schedule sizes it by the same sum.
+  struct Scratch {
+    char* next;
+    template <typename Element>
+    Element* take(std::int64_t count) {
+      Element* result = reinterpret_cast<Element*>(next);
+      next += round_up(count * static_cast<std::int64_t>(sizeof(Element)), 64);
+      return result;
+    }
+  };
+
+  std::int64_t group() const { return params.shape.query_heads / params.shape.kv_heads; }
+
+  void set_up_tile(QueryTile<Policy>& tile, Scratch& scratch) const {
+    const AttentionShape& shape = params.shape;
+    tile.panel = scratch.take<Scalar>((shape.head_dim + 1) / Policy::kDepth * kSubTile);
+    tile.out = scratch.take<T>(shape.value_dim * kSubTile);
+    tile.maximum = scratch.take<T>(kSubTile);
+    tile.sum = scratch.take<T>(kSubTile);
+    tile.last_key = scratch.take<Int>(kSubTile);
+    tile.query = scratch.take<std::uint32_t>(kSubTile);
+    tile.slice = scratch.take<std::uint32_t>(kSubTile);
+    tile.query_offset = scratch.take<std::int64_t>(kSubTile);
+    tile.out_offset = scratch.take<std::int64_t>(kSubTile);
+    tile.mask_offset = scratch.take<std::int64_t>(kSubTile);
+  }
+
+  void load_tile(QueryTile<Policy>& tile, std::int64_t batch, std::int64_t kv_head,
+                 std::int64_t first_row, std::int64_t rows) const {
+    const AttentionShape& shape = params.shape;
+    const AttentionMasking& masking = params.masking;
+    const std::int64_t heads = group();
+    const std::int64_t first_head = kv_head * heads;
+    tile.count = min_of(rows - first_row, kSubTile);
+    tile.vectors = static_cast<int>((tile.count + kLanes - 1) / kLanes);
+    tile.row_tile = first_row / kSubTile;
+    tile.started = false;
+    const std::int64_t query_base =
+        slice_offset(params.query, shape.batch_sizes, batch, first_head);
+    const std::int64_t out_base = slice_offset(params.out, shape.batch_sizes, batch, first_head);
+    const std::int64_t mask_base =
+        masking.kind == AttentionMaskKind::kNone
+            ? 0
+            : slice_offset(masking.mask, shape.batch_sizes, batch, first_head);
+    std::int64_t query = first_row / heads;
+    std::int64_t head = first_row % heads;
+    for (int lane = 0; lane < tile.vectors * kLanes; ++lane) {
+      // Lanes beyond the last row repeat it: every address stays valid.
+      tile.query_offset[lane] =
+          query_base + head * params.query.head_stride + query * params.query.row_stride;
+      tile.out_offset[lane] =
+          out_base + head * params.out.head_stride + query * params.out.row_stride;
+      tile.mask_offset[lane] =
+          mask_base + head * masking.mask.head_stride + query * masking.mask.row_stride;
+      tile.query[lane] = static_cast<std::uint32_t>(query);
+      tile.slice[lane] =
+          static_cast<std::uint32_t>(batch * shape.query_heads + first_head + head);
+      const std::int64_t last_key = query + masking.causal_offset;
+      tile.last_key[lane] = static_cast<Int>(max_of(min_of(last_key, shape.kv_len), -1));
+      if (lane + 1 < tile.count && ++head == heads) {
+        head = 0;
+        ++query;
+      }
+    }
+    tile.first_allowed_end = tile.last_allowed_end = shape.kv_len;
+    if (masking.is_causal) {
+      tile.first_allowed_end = tile.last_key[0] + 1;
+      tile.last_allowed_end = min_of(tile.last_key[tile.count - 1] + 1, shape.kv_len);
+    }
+    const T factor =
+        Policy::kDepth == 1 ? static_cast<T>(params.scale * kLog2eDouble) : static_cast<T>(1);
+    for (int vector = 0; vector < tile.vectors; ++vector) {
+      const std::int64_t* offsets = tile.query_offset + vector * kLanes;
+      pack_lanes<Policy>(
+          params.query.data, params.dtype, params.query.col_stride, tile.count - vector * kLanes,
+          shape.head_dim, [offsets](int lane) { return offsets[lane]; }, factor,
+          tile.panel + vector * kLanes, tile.vectors * kLanes);
+    }
+  }
+
+  TileClass mask_class(const QueryTile<Policy>& tile, std::int64_t map_slice,
+                       std::int64_t first_key) const {
+    if (!plan.mask_map.used) return TileClass::kFull;
+    const MaskMapPlan& map = plan.mask_map;
+    const std::int64_t row_tile = map.row_tiles == 1 ? 0 : tile.row_tile;
+    return mask_map[(map_slice * map.row_tiles + row_tile) * map.column_tiles +
+                    first_key / map.column_tile];
+  }
+
+  /// The modifiers that a tile needs; scores leave in the log2 domain.
+  void modify_scores(T* scores, const QueryTile<Policy>& tile, const KeyBlock<Policy>& block,
+                     TileClass mask, bool diagonal, T factor) const {
+    const AttentionMasking& masking = params.masking;
+    const int stride = tile.vectors * kLanes;
+    if constexpr (Policy::kDepth != 1) {
+      for (std::int64_t i = 0; i < block.count * stride; i += kLanes) {
+        store<T>(scores + i, load<T>(scores + i) * factor);
+      }
+    }
+    const bool additive = masking.kind == AttentionMaskKind::kAdditive;
+    if (additive || mask == TileClass::kMixed) {
+      const ScalarType type = additive ? masking.mask_dtype : ScalarType::kBool;
+      const bool uniform =
+          masking.mask.row_stride == 0 && (masking.mask.head_stride == 0 || group() == 1);
+      add_mask_transposed<T>(
+          scores, stride, block.count, tile.vectors, block.first, type, masking.mask.col_stride,
+          uniform, [&](int lane) {
+            return element_at(masking.mask.data, type, tile.mask_offset[lane]);
+          });
+    }
+    if (block.padding == TileClass::kMixed) {
+      for (std::int64_t key = 0; key < block.count; ++key) {
+        if (!block.padding_bytes[(block.first + key) * masking.key_padding.col_stride]) continue;
+        for (int vector = 0; vector < tile.vectors; ++vector) {
+          store<T>(scores + key * stride + vector * kLanes, broadcast(-kInfinity<T>));
+        }
+      }
+    }
+    if (diagonal) {
+      mask_after<T>(scores, stride, block.count, tile.vectors, block.first, tile.last_key);
+    }
+  }
+
+  /// Online softmax of one tile: scores become weights. kMasked: scores may be -inf, and a row may
+  /// have seen none but those.
+  template <int kVectors, bool kMasked>
+  static void softmax(T* scores, std::int64_t keys, QueryTile<Policy>& tile,
+                      std::int64_t value_dim, T scale) {
+    constexpr int kStride = kVectors * kLanes;
+    const Vec<T> factor = broadcast(scale);
+    Vec<T> previous[kVectors], maximum[kVectors], sum[kVectors];
+    for (int j = 0; j < kVectors; ++j) {
+      previous[j] = maximum[j] = load<T>(tile.maximum + j * kLanes);
+      sum[j] = load<T>(tile.sum + j * kLanes);
+    }
+    for (std::int64_t key = 0; key < keys; ++key) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) {
+        Vec<T> score = load<T>(scores + key * kStride + j * kLanes);
+        if constexpr (Policy::kDepth != 1) score *= factor;
+        maximum[j] = vector_max(maximum[j], score);
+      }
+    }
+    // Rescale only when a maximum grew by more than 2^8 (FlashAttention-4's conditional rescaling):
+    // weights then stay below 2^8, far from overflow.
+    IntVector grew{};
+    for (int j = 0; j < kVectors; ++j) grew |= maximum[j] > previous[j] + static_cast<T>(8);
+    if (any_lane(grew)) {
+      Vec<T> shrink[kVectors];
+      for (int j = 0; j < kVectors; ++j) {
+        // A row that is masked so far: any finite reference serves, its sums are 0.
+        const Vec<T> reference =
+            maximum[j] == broadcast(-kInfinity<T>) ? Vec<T>{} : maximum[j];
+        shrink[j] = exp2_vector(previous[j] - reference);
+        sum[j] *= shrink[j];
+        previous[j] = maximum[j];
+        store<T>(tile.maximum + j * kLanes, maximum[j]);
+      }
+      if (tile.started) {
+        for (std::int64_t d = 0; d < value_dim; ++d) {
+          for (int j = 0; j < kVectors; ++j) {
+            T* out = tile.out + d * kStride + j * kLanes;
+            store<T>(out, load<T>(out) * shrink[j]);
+          }
+        }
+      }
+    }
+    Vec<T> reference[kVectors];
+    for (int j = 0; j < kVectors; ++j) {
+      reference[j] = previous[j];
+      if constexpr (kMasked) {
+        reference[j] = previous[j] == broadcast(-kInfinity<T>) ? Vec<T>{} : previous[j];
+      }
+    }
+    for (std::int64_t key = 0; key < keys; ++key) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) {
+        T* score = scores + key * kStride + j * kLanes;
+        Vec<T> x = load<T>(score);
+        if constexpr (Policy::kDepth != 1) {
+          x = x * factor - reference[j];
+        } else {
+          x = x - reference[j];
+        }
+        Vec<T> weight = exp2_vector<Policy::kForwardExp2Degree>(x);
+        if constexpr (kMasked) weight = x < static_cast<T>(kNegligible) ? Vec<T>{} : weight;
+        sum[j] += weight;
+        store<T>(score, weight);
+      }
+    }
+    for (int j = 0; j < kVectors; ++j) store<T>(tile.sum + j * kLanes, sum[j]);
+  }
+
+  /// Exponents below this are 0: past the smallest normal number.
+  static constexpr double kNegligible = sizeof(T) == 8 ? -1022.0 : -126.0;
+
+  /// One (tile, block): scores, softmax, weighted values.
+  template <int kVectors>
+  void process(QueryTile<Policy>& tile, const KeyBlock<Policy>& block, T* scores, TileClass mask,
+               bool diagonal) const {
+    constexpr int kStride = kVectors * kLanes;
+    const AttentionShape& shape = params.shape;
+    contract_rows<Policy, kVectors, false>(block.count,
+                                           (shape.head_dim + Policy::kDepth - 1) / Policy::kDepth,
+                                           block.key, tile.panel, kStride, scores, kStride);
+    const bool modified = diagonal || mask == TileClass::kMixed ||
+                          params.masking.kind == AttentionMaskKind::kAdditive ||
+                          block.padding == TileClass::kMixed;
+    const T factor = static_cast<T>(params.scale * kLog2eDouble);
+    if (modified) {
+      modify_scores(scores, tile, block, mask, diagonal, factor);
+      softmax<kVectors, true>(scores, block.count, tile, shape.value_dim, static_cast<T>(1));
+    } else {
+      softmax<kVectors, false>(scores, block.count, tile, shape.value_dim, factor);
+    }
+    if (dropout.active) {
+      drop_weights_of_queries<T>(scores, kStride, block.count, block.first, kVectors, tile.query,
+                                 tile.slice, dropout);
+    }
+    const Scalar* weights = reinterpret_cast<const Scalar*>(scores);
+    std::int64_t depth = block.count;
+    if constexpr (Policy::kDepth == 2) {
+      depth = (block.count + 1) / 2;
+      pair_weights<kVectors>(scores, block.count);
+    }
+    if (tile.started) {
+      contract_rows<Policy, kVectors, true>(shape.value_dim, depth, block.value, weights, kStride,
+                                            tile.out, kStride);
+    } else {
+      contract_rows<Policy, kVectors, false>(shape.value_dim, depth, block.value, weights, kStride,
+                                             tile.out, kStride);
+      tile.started = true;
+    }
+  }
+
+  /// Packs neighbouring keys' weights into bf16 pairs, in place.
+  template <int kVectors>
+  static void pair_weights(T* scores, std::int64_t keys) {
+#if defined(TORCH_EXT_HAS_BF16_DOT)
+    constexpr int kStride = kVectors * kLanes;
+    for (std::int64_t key = 0; key < keys; key += 2) {
+      for (int j = 0; j < kVectors; ++j) {
+        const Vec<T> low = load<T>(scores + key * kStride + j * kLanes);
+        const Vec<T> high =
+            key + 1 < keys ? load<T>(scores + (key + 1) * kStride + j * kLanes) : Vec<T>{};
+        store<std::uint32_t>(scores + key / 2 * kStride + j * kLanes, pack_bf16_pairs(low, high));
+      }
+    }
+#else
+    (void)scores;
+    (void)keys;
+#endif
+  }
+
+  /// Normalises and writes out and logsumexp.
+  void finish(QueryTile<Policy>& tile, std::int64_t first_row, std::int64_t batch,
+              std::int64_t kv_head) const {
+    const AttentionShape& shape = params.shape;
+    const std::int64_t heads = group();
+    const int stride = tile.vectors * kLanes;
+    if (!tile.started) {
+      for (std::int64_t i = 0; i < shape.value_dim * stride; ++i) tile.out[i] = 0;
+    }
+    for (int vector = 0; vector < tile.vectors; ++vector) {
+      const Vec<T> sum = load<T>(tile.sum + vector * kLanes);
+      const Vec<T> inverse =
+          sum == Vec<T>{} ? Vec<T>{} : static_cast<T>(dropout.scale) / sum;
+      const std::int64_t* offsets = tile.out_offset + vector * kLanes;
+      unpack_lanes<T>(tile.out + vector * kLanes, stride, tile.count - vector * kLanes,
+                      shape.value_dim, inverse, params.out.data, params.dtype,
+                      params.out.col_stride, [offsets](std::int64_t lane) { return offsets[lane]; });
+    }
+    if (params.logsumexp == nullptr) return;
+    T* logsumexp = static_cast<T*>(params.logsumexp);
+    for (std::int64_t lane = 0; lane < tile.count; ++lane) {
+      const std::int64_t row = first_row + lane;
+      const std::int64_t head = kv_head * heads + row % heads;
+      logsumexp[(batch * shape.query_heads + head) * shape.q_len + row / heads] =
+          log_sum(tile.maximum[lane], tile.sum[lane]);
+    }
+  }
+
+  static T log_sum(T maximum, T sum) {
+    if (sum == 0) return -kInfinity<T>;
+    if constexpr (sizeof(T) == 8) return maximum * kLn2 + __builtin_log(sum);
+    return static_cast<T>(maximum * kLn2 + __builtin_logf(static_cast<float>(sum)));
+  }
+
+  /// Leaves a split's unnormalised result for combine().
+  void store_partial(const QueryTile<Policy>& tile, T* partial) const {
+    const std::int64_t width = params.shape.value_dim + 2;
+    const int stride = tile.vectors * kLanes;
+    for (std::int64_t lane = 0; lane < tile.count; ++lane) {
+      T* row = partial + lane * width;
+      for (std::int64_t d = 0; d < params.shape.value_dim; ++d) {
+        row[d] = tile.started ? tile.out[d * stride + lane] : static_cast<T>(0);
+      }
+      row[width - 2] = tile.maximum[lane];
+      row[width - 1] = tile.sum[lane];
+    }
+  }
+
+  T* partial_of(std::int64_t pair, std::int64_t split, std::int64_t row) const {
+    const std::int64_t width = params.shape.value_dim + 2;
+    return reinterpret_cast<T*>(workspace + plan.partial_offset) +
+           ((pair * plan.kv_splits + split) * plan.rows + row) * width;
+  }
+
+  void run_task(int worker, std::int64_t pair, std::int64_t row_tile, std::int64_t split) const {
+    const AttentionShape& shape = params.shape;
+    const AttentionMasking& masking = params.masking;
+    const std::int64_t batch = pair / shape.kv_heads;
+    const std::int64_t kv_head = pair % shape.kv_heads;
+    const std::int64_t map_slice =
+        plan.mask_map.used ? mask_map_slice(plan.mask_map, shape, batch, kv_head) : 0;
+    Scratch scratch{workspace + plan.worker_offset + worker * plan.worker_bytes};
+    char* key_buffer = scratch.take<char>(staged_rows_bytes<Policy>(plan.kv_block, shape.head_dim));
+    char* value_buffer =
+        scratch.take<char>(staged_rows_bytes<Policy>(plan.kv_block, shape.value_dim));
+    T* scores = scratch.take<T>(plan.kv_block * kSubTile);
+
+    constexpr int kMaxTiles = 4;
+    QueryTile<Policy> tiles[kMaxTiles];
+    const std::int64_t first_row = row_tile * plan.super_tile;
+    const std::int64_t last_row = min_of(first_row + plan.super_tile, plan.rows);
+    int num_tiles = 0;
+    std::int64_t kv_end = 0;
+    for (std::int64_t row = first_row; row < last_row; row += kSubTile) {
+      QueryTile<Policy>& tile = tiles[num_tiles++];
+      set_up_tile(tile, scratch);
+      load_tile(tile, batch, kv_head, row, last_row);
+      for (int j = 0; j < kMaxVectors; ++j) {
+        store<T>(tile.maximum + j * kLanes, broadcast(-kInfinity<T>));
+        store<T>(tile.sum + j * kLanes, Vec<T>{});
+      }
+      kv_end = max_of(kv_end, tile.last_allowed_end);
+    }
+
+    const std::int64_t kv_begin = split * plan.kv_split_len;
+    kv_end = min_of(kv_end, kv_begin + plan.kv_split_len);
+    const std::int64_t key_base = slice_offset(params.key, shape.batch_sizes, batch, kv_head);
+    const std::int64_t value_base = slice_offset(params.value, shape.batch_sizes, batch, kv_head);
+    const std::uint8_t* padding = nullptr;
+    if (masking.key_padding.data != nullptr) {
+      padding = static_cast<const std::uint8_t*>(masking.key_padding.data) +
+                slice_offset(masking.key_padding, shape.batch_sizes, batch, 0);
+    }
+    for (std::int64_t first = kv_begin; first < kv_end; first += plan.kv_block) {
+      KeyBlock<Policy> block{};
+      block.first = first;
+      block.count = min_of(plan.kv_block, kv_end - first);
+      block.padding_bytes = padding;
+      block.padding = padding == nullptr ? TileClass::kFull
+                                         : classify_key_padding(padding, masking.key_padding.col_stride,
+                                                                first, block.count);
+      if (block.padding == TileClass::kEmpty) continue;
+      bool staged = false;
+      for (int t = 0; t < num_tiles; ++t) {
+        QueryTile<Policy>& tile = tiles[t];
+        if (first >= tile.last_allowed_end) continue;
+        const TileClass mask = mask_class(tile, map_slice, first);
+        if (mask == TileClass::kEmpty) continue;
+        if (!staged) {
+          stage(block, key_base, value_base, key_buffer, value_buffer);
+          staged = true;
+        }
+        const bool diagonal = first + block.count > tile.first_allowed_end;
+        switch (tile.vectors) {
+          case 1:
+            process<1>(tile, block, scores, mask, diagonal);
+            break;
+          case 2:
+            process<2>(tile, block, scores, mask, diagonal);
+            break;
+          default:
+            process<kMaxVectors>(tile, block, scores, mask, diagonal);
+        }
+      }
+    }
+    for (int t = 0; t < num_tiles; ++t) {
+      const std::int64_t row = first_row + t * kSubTile;
+      if (plan.kv_splits > 1) {
+        store_partial(tiles[t], partial_of(pair, split, row));
+      } else {
+        finish(tiles[t], row, batch, kv_head);
+      }
+    }
+  }
+
+  void stage(KeyBlock<Policy>& block, std::int64_t key_base, std::int64_t value_base,
+             char* key_buffer, char* value_buffer) const {
+    const AttentionShape& shape = params.shape;
+    block.key = stage_rows<Policy>(
+                    element_at(params.key.data, params.dtype,
+                               key_base + block.first * params.key.row_stride),
+                    params.dtype, params.key.row_stride, params.key.col_stride, block.count,
+                    shape.head_dim, key_buffer, true, false)
+                    .over_columns;
+    block.value = stage_rows<Policy>(
+                      element_at(params.value.data, params.dtype,
+                                 value_base + block.first * params.value.row_stride),
+                      params.dtype, params.value.row_stride, params.value.col_stride, block.count,
+                      shape.value_dim, value_buffer, false, true)
+                      .over_rows;
+  }
+
+  /// Joins the splits of one row in their order.
+  void combine_row(std::int64_t pair, std::int64_t row) const {
+    const AttentionShape& shape = params.shape;
+    const std::int64_t width = shape.value_dim + 2;
+    const std::int64_t heads = group();
+    const std::int64_t batch = pair / shape.kv_heads;
+    const std::int64_t head = pair % shape.kv_heads * heads + row % heads;
+    const std::int64_t query = row / heads;
+    T maximum = -kInfinity<T>;
+    for (std::int64_t split = 0; split < plan.kv_splits; ++split) {
+      const T candidate = partial_of(pair, split, row)[width - 2];
+      maximum = candidate > maximum || candidate != candidate ? candidate : maximum;
+    }
+    const T reference = maximum == -kInfinity<T> ? static_cast<T>(0) : maximum;
+    T sum = 0;
+    T* joined = partial_of(pair, 0, row);
+    for (std::int64_t split = 0; split < plan.kv_splits; ++split) {
+      const T* partial = partial_of(pair, split, row);
+      const T weight = exp2_vector(broadcast(partial[width - 2] - reference))[0];
+      sum += weight * partial[width - 1];
+      for (std::int64_t d = 0; d < shape.value_dim; ++d) {
+        joined[d] = split == 0 ? weight * partial[d] : joined[d] + weight * partial[d];
+      }
+    }
+    const Vec<T> inverse = broadcast(sum == 0 ? static_cast<T>(0) : static_cast<T>(dropout.scale) / sum);
+    const std::int64_t offset = slice_offset(params.out, shape.batch_sizes, batch, head) +
+                                query * params.out.row_stride;
+    for (std::int64_t d = 0; d < shape.value_dim; d += kLanes) {
+      const std::int64_t count = min_of(shape.value_dim - d, kLanes);
+      store_elements<T>(
+          element_at(params.out.data, params.dtype, offset + d * params.out.col_stride),
+          params.dtype, params.out.col_stride, count,
+          load_elements<T>(joined + d, kNativeType<Policy>, 1, count) * inverse);
+    }
+    if (params.logsumexp != nullptr) {
+      static_cast<T*>(params.logsumexp)[(batch * shape.query_heads + head) * shape.q_len + query] =
+          log_sum(maximum, sum);
+    }
+  }
+};
+
+/// Runs the plan: mask map, tasks (longest first where causal), then the join of the splits.
+template <typename Policy>
+static KernelPath run_forward(const AttentionForwardParams& params, const ForwardPlan& plan,
+                              const TaskRunner& runner, char* workspace) {
+  TileClass* map = reinterpret_cast<TileClass*>(workspace + plan.mask_map.offset);
+  if (plan.mask_map.used) {
+    build_mask_map(params.masking, params.shape, plan.mask_map, params.shape.group(), runner, map);
+  }
+  ForwardKernel<Policy> kernel{params, plan, map, workspace, dropout_state(params.dropout)};
+  run_tasks(runner, plan.pairs * plan.row_tiles * plan.kv_splits,
+            [&kernel, &plan](int worker, std::int64_t task) {
+              const std::int64_t split = task % plan.kv_splits;
+              const std::int64_t pair = task / plan.kv_splits % plan.pairs;
+              const std::int64_t tile = plan.row_tiles - 1 - task / plan.kv_splits / plan.pairs;
+              kernel.run_task(worker, pair, tile, split);
+            });
+  if (plan.kv_splits > 1) {
+    run_tasks(runner, plan.pairs * plan.rows, [&kernel, &plan](int, std::int64_t task) {
+      kernel.combine_row(task / plan.rows, task % plan.rows);
+    });
+  }
+  return nullptr;
+}

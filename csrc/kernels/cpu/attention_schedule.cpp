@@ -1,0 +1,211 @@
+#include "attention_schedule.h"
+
+#include <algorithm>
+
+namespace torch_ext {
+namespace {
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+std::size_t align(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+std::size_t staged_bytes(std::int64_t rows, std::int64_t columns, const TileGeometry& geometry) {
+  return align(static_cast<std::size_t>((rows + 1) / 2 * 2 *
+                                        (ceil_div(columns, geometry.lanes) * geometry.lanes) *
+                                        geometry.compute_size));
+}
+
+// Classes are per slice of the mask that differs; dimensions it broadcasts over share one.
+MaskMapPlan plan_mask_map(const AttentionMasking& masking, const AttentionShape& shape,
+                          std::int64_t row_tiles, std::int64_t row_tile, std::int64_t column_tile) {
+  MaskMapPlan plan;
+  if (masking.kind != AttentionMaskKind::kBoolean) return plan;
+  plan.used = true;
+  plan.slices = 1;
+  for (int dim = 0; dim < kMaxBatchDims; ++dim) {
+    plan.batch_varies[dim] = masking.mask.batch_strides[dim] != 0 && shape.batch_sizes[dim] > 1;
+    if (plan.batch_varies[dim]) plan.slices *= shape.batch_sizes[dim];
+  }
+  plan.head_varies = masking.mask.head_stride != 0 && shape.query_heads > 1;
+  if (plan.head_varies) plan.slices *= shape.kv_heads;
+  plan.row_tiles = masking.mask.row_stride == 0 ? 1 : row_tiles;
+  plan.row_tile = row_tile;
+  plan.column_tile = column_tile;
+  plan.column_tiles = ceil_div(shape.kv_len, column_tile);
+  return plan;
+}
+
+std::size_t mask_map_bytes(const MaskMapPlan& plan) {
+  return plan.used ? align(static_cast<std::size_t>(plan.slices * plan.row_tiles *
+                                                    plan.column_tiles))
+                   : 0;
+}
+
+}  // namespace
+
+ForwardPlan plan_forward(const AttentionForwardParams& params, const TileGeometry& geometry,
+                         int num_workers) {
+  const AttentionShape& shape = params.shape;
+  ForwardPlan plan;
+  plan.pairs = shape.batch() * shape.kv_heads;
+  plan.rows = shape.q_len * shape.group();
+  plan.sub_tile = static_cast<std::int64_t>(geometry.lanes) * geometry.max_vectors;
+  plan.decode = plan.rows <= kDecodeRows && params.dtype != ScalarType::kFloat64 &&
+                params.key.col_stride == 1 && params.value.col_stride == 1;
+  // Four sub-tiles share one staged block of K and V: conversion costs 1/4, and what fp32 reads in
+  // place comes from the first-level cache.
+  plan.super_tile = std::min(ceil_div(plan.rows, plan.sub_tile), std::int64_t{4}) * plan.sub_tile;
+  plan.row_tiles = plan.decode ? 1 : ceil_div(plan.rows, plan.super_tile);
+  plan.kv_block = 64;
+
+  // Split the keys where pairs and row tiles alone make too few tasks. Decoding reads memory and
+  // computes little, so its pieces may be many.
+  const std::int64_t tasks = std::max<std::int64_t>(plan.pairs * plan.row_tiles, 1);
+  const std::int64_t wanted = plan.decode ? 64 : 16;
+  plan.kv_splits = std::clamp(ceil_div(wanted, tasks), std::int64_t{1},
+                              std::max<std::int64_t>(shape.kv_len / 512, 1));
+  plan.kv_split_len = ceil_div(ceil_div(shape.kv_len, plan.kv_splits), plan.kv_block) * plan.kv_block;
+  if (plan.kv_split_len > 0) plan.kv_splits = ceil_div(shape.kv_len, plan.kv_split_len);
+  plan.kv_splits = std::max<std::int64_t>(plan.kv_splits, 1);
+
+  plan.mask_map = plan_mask_map(params.masking, shape,
+                                plan.decode ? 1 : ceil_div(plan.rows, plan.sub_tile),
+                                plan.decode ? std::max<std::int64_t>(plan.rows, 1) : plan.sub_tile,
+                                plan.kv_block);
+
+  const std::size_t compute = geometry.compute_size;
+  std::size_t worker = 0;
+  if (plan.decode) {
+    const auto padded = [&](std::int64_t n) { return ceil_div(n, geometry.lanes) * geometry.lanes; };
+    worker += align(kDecodeRows * padded(shape.head_dim) * compute);
+    worker += align(kDecodeRows * padded(shape.value_dim) * compute);
+    worker += align((kDecodeRows * plan.kv_block + geometry.lanes) * compute);
+  } else {
+    const std::size_t lanes = static_cast<std::size_t>(plan.sub_tile);
+    std::size_t tile = align((shape.head_dim + 1) / geometry.depth * lanes *
+                             (geometry.depth == 2 ? 4 : compute));
+    tile += align(shape.value_dim * lanes * compute);
+    tile += 3 * align(lanes * compute) + 2 * align(lanes * 4) + 3 * align(lanes * 8);
+    worker += tile * (plan.super_tile / plan.sub_tile);
+    worker += staged_bytes(plan.kv_block, shape.head_dim, geometry);
+    worker += staged_bytes(plan.kv_block, shape.value_dim, geometry);
+    worker += align(plan.kv_block * lanes * compute);
+  }
+
+  plan.mask_map.offset = 0;
+  plan.partial_offset = mask_map_bytes(plan.mask_map);
+  plan.worker_offset = plan.partial_offset;
+  if (plan.kv_splits > 1) {
+    plan.worker_offset +=
+        align(plan.pairs * plan.kv_splits * plan.rows * (shape.value_dim + 2) * compute);
+  }
+  plan.worker_bytes = align(worker);
+  plan.total_bytes = plan.worker_offset + plan.worker_bytes * num_workers;
+  return plan;
+}
+
+BackwardPlan plan_backward(const AttentionBackwardParams& params, const TileGeometry& geometry,
+                           int num_workers) {
+  const AttentionShape& shape = params.shape;
+  const std::int64_t sub_tile = static_cast<std::int64_t>(geometry.lanes) * geometry.max_vectors;
+  const std::int64_t head = std::max(shape.head_dim, shape.value_dim);
+  BackwardPlan plan;
+  plan.pairs = shape.batch() * shape.kv_heads;
+  // Five panels of key_tile x head_dim live in the second-level cache: wide tiles for small heads,
+  // so that converting Q and dO and adding into dQ amortise.
+  const std::int64_t sub_tiles = head * sub_tile * geometry.compute_size <= 64 * 24 * 4   ? 4
+                                 : head * sub_tile * geometry.compute_size <= 160 * 24 * 4 ? 2
+                                                                                           : 1;
+  const std::int64_t unit = 2 * (64 / 4);  // keys whose dropout bits are made together
+  plan.key_tile = ceil_div(sub_tile * sub_tiles, unit) * unit;
+  plan.key_tile = std::min(plan.key_tile, std::max<std::int64_t>(ceil_div(shape.kv_len, unit), 1) * unit);
+  plan.query_block = head <= 128 ? 64 : 32;
+  plan.head_stride = ceil_div(shape.head_dim, geometry.lanes) * geometry.lanes;
+
+  // A chunk costs a partial dQ, 16 bytes of traffic for 10 * chunk_len operations: 1024 keys keep
+  // that near 3%, 256 are accepted where there would be hardly any tasks.
+  const std::int64_t pairs = std::max<std::int64_t>(plan.pairs, 1);
+  plan.chunks = std::max({std::int64_t{1}, std::min(ceil_div(64, pairs), shape.kv_len / 1024),
+                          std::min(ceil_div(16, pairs), shape.kv_len / 256)});
+  plan.chunk_len = std::max<std::int64_t>(
+      ceil_div(ceil_div(shape.kv_len, plan.chunks), plan.key_tile) * plan.key_tile, plan.key_tile);
+  plan.chunks = std::max<std::int64_t>(ceil_div(shape.kv_len, plan.chunk_len), 1);
+
+  const StridedView& mask = params.grad_mask;
+  plan.mask_gradient = mask.data != nullptr;
+  if (plan.mask_gradient) {
+    for (int dim = 0; dim < kMaxBatchDims; ++dim) {
+      plan.mask_batch_varies[dim] = mask.batch_strides[dim] != 0;
+      (plan.mask_batch_varies[dim] ? plan.mask_slices : plan.mask_shares) *= shape.batch_sizes[dim];
+    }
+    plan.mask_head_varies = mask.head_stride != 0;
+    (plan.mask_head_varies ? plan.mask_slices : plan.mask_shares) *= shape.kv_heads;
+    plan.mask_heads = plan.mask_head_varies ? shape.group() : 1;
+    plan.mask_cols = mask.col_stride != 0 ? shape.kv_len : 1;
+    plan.mask_rows = mask.row_stride != 0 ? shape.q_len : 1;
+    plan.mask_partials =
+        std::clamp(ceil_div(16, std::max<std::int64_t>(plan.mask_slices * plan.chunks, 1)),
+                   std::int64_t{1}, std::max<std::int64_t>(plan.mask_shares, 1));
+  }
+
+  plan.mask_map = plan_mask_map(params.masking, shape, ceil_div(shape.q_len, plan.query_block),
+                                plan.query_block, plan.key_tile);
+
+  const std::size_t compute = geometry.compute_size;
+  const std::size_t scalar = geometry.depth == 2 ? 4 : compute;
+  const std::size_t keys = static_cast<std::size_t>(plan.key_tile);
+  const std::size_t queries = static_cast<std::size_t>(plan.query_block + 1);
+  std::size_t worker = 0;
+  worker += align((shape.head_dim + 1) * keys * scalar);   // K^T
+  worker += align((shape.value_dim + 1) * keys * scalar);  // V^T
+  worker += staged_bytes(plan.key_tile, shape.head_dim, geometry);  // K
+  worker += align(shape.head_dim * keys * compute);                 // dK^T
+  worker += align(shape.value_dim * keys * compute);                // dV^T
+  worker += 2 * align(queries * keys * compute);                    // P, dS
+  if (geometry.depth == 2) worker += 3 * align(queries * keys * scalar);
+  worker += staged_bytes(plan.query_block, shape.head_dim, geometry);   // Q
+  worker += staged_bytes(plan.query_block, shape.value_dim, geometry);  // dO
+  worker += align((plan.query_block + 64) * keys * 2);                  // dropout bits
+  worker += 2 * align(shape.q_len * shape.group() * compute);           // logsumexp, delta
+  worker += align(ceil_div(shape.q_len, plan.query_block) * shape.group());  // dQ started
+  if (plan.chunks == 1) {
+    worker += align(shape.q_len * shape.group() * plan.head_stride * compute);  // dQ
+  }
+
+  plan.mask_map.offset = 0;
+  plan.query_partial_offset = mask_map_bytes(plan.mask_map);
+  plan.mask_partial_offset = plan.query_partial_offset;
+  if (plan.chunks > 1) {
+    plan.mask_partial_offset +=
+        align(plan.chunks * plan.pairs * plan.rows_per_pair(shape) * plan.head_stride * compute);
+  }
+  plan.worker_offset = plan.mask_partial_offset;
+  if (plan.mask_gradient) {
+    plan.worker_offset += align(plan.mask_slices * plan.mask_partials * plan.mask_column_chunks() *
+                                plan.mask_heads * plan.mask_rows * plan.mask_cols * compute);
+  }
+  plan.worker_bytes = align(worker);
+  plan.total_bytes = plan.worker_offset + plan.worker_bytes * num_workers;
+  return plan;
+}
+
+std::int64_t mask_sharing_pair(const BackwardPlan& plan, const AttentionShape& shape,
+                               std::int64_t slice, std::int64_t index) {
+  // Mixed radix over (batch dims..., kv_head): the varying dimensions are digits of `slice`, the
+  // broadcast ones digits of `index`.
+  std::int64_t pair = 0;
+  std::int64_t weight = 1;
+  const auto take = [&](bool varies, std::int64_t size) {
+    std::int64_t& digits = varies ? slice : index;
+    pair += digits % size * weight;
+    digits /= size;
+    weight *= size;
+  };
+  take(plan.mask_head_varies, shape.kv_heads);
+  for (int dim = kMaxBatchDims - 1; dim >= 0; --dim) {
+    take(plan.mask_batch_varies[dim], shape.batch_sizes[dim]);
+  }
+  return pair;
+}
+
+}  // namespace torch_ext

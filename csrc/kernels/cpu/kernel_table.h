@@ -1,0 +1,35 @@
+// One column per instruction set: the entry points that its isa_*.cpp instantiates.
+#pragma once
+
+#include <cstddef>
+
+#include "../attention_params.h"
+#include "cpu_isa.h"
+#include "task_runner.h"
+
+namespace torch_ext {
+
+/// Where a call went, for the curious and the tests: a static string such as "cpu.avx2.tile".
+using KernelPath = const char*;
+
+struct KernelTable {
+  CpuCapability capability;
+
+  /// Bytes of 64-byte aligned scratch memory that a call needs. Depends on shapes and the number of
+  /// workers only.
+  std::size_t (*attention_forward_workspace)(const AttentionForwardParams&, int num_workers);
+  KernelPath (*attention_forward)(const AttentionForwardParams&, const TaskRunner&,
+                                  void* workspace);
+  std::size_t (*attention_backward_workspace)(const AttentionBackwardParams&, int num_workers);
+  KernelPath (*attention_backward)(const AttentionBackwardParams&, const TaskRunner&,
+                                   void* workspace);
+};
+
+/// The table of current_capability().
+const KernelTable& kernel_table();
+
+/// The table of one capability, for tests and benchmarks: calling its kernels on a machine without
+/// those instructions ends in an illegal instruction.
+const KernelTable& kernel_table(CpuCapability capability);
+
+}  // namespace torch_ext

@@ -1,0 +1,18 @@
+// The overriding kernels, by what they override. Each adds itself to a library that the switch
+// owns; destroying the library restores torch's kernels.
+#pragma once
+
+#include <torch/library.h>
+
+#include <vector>
+
+namespace torch_ext {
+
+/// aten::scaled_dot_product_attention at the dense keys and their Autograd keys.
+void override_attention(std::vector<torch::Library>& libraries);
+
+/// aten::_native_multi_head_attention at the dense and nested keys: what the inference fast paths
+/// of nn.MultiheadAttention, nn.TransformerEncoderLayer and nn.TransformerEncoder end in.
+void override_multi_head_attention(std::vector<torch::Library>& libraries);
+
+}  // namespace torch_ext

@@ -1,0 +1,207 @@
+// aten::_native_multi_head_attention, overridden: the inference fast path of nn.MultiheadAttention,
+// and through aten::_transformer_encoder_layer_fwd that of nn.TransformerEncoderLayer and
+// nn.TransformerEncoder, which hands over nested tensors when it has a padding mask.
+#include <ATen/NestedTensorImpl.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/_native_multi_head_attention_native.h>
+#include <ATen/ops/_nested_from_padded.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/linear.h>
+#include <c10/util/Exception.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "sdpa_override_kernels.h"
+#include "torch_backend_choice.h"
+
+namespace torch_ext {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// Which of the two masks of self_attention a mask of the fast path is. The fast path's masks are
+// boolean in meaning, non-zero = ignore, whatever their dtype.
+enum class FastPathMask : std::int64_t { kSource = 0, kKeyPadding = 1, kMerged = 2 };
+
+struct SelfAttentionMasks {
+  OptionalTensor attn_mask;         // True = attend; (seq, seq) or (batch, heads, seq, seq)
+  OptionalTensor key_padding_mask;  // True = ignore; (batch, seq)
+};
+
+bool takes_parameters(const at::Tensor& query, const at::Tensor& qkv_weight,
+                      const at::Tensor& qkv_bias, const at::Tensor& proj_weight,
+                      const at::Tensor& proj_bias) {
+  for (const at::Tensor* parameter : {&qkv_weight, &qkv_bias, &proj_weight, &proj_bias}) {
+    if (!parameter->defined() || !is_plain_floating(*parameter) ||
+        parameter->device() != query.device() ||
+        parameter->scalar_type() != query.scalar_type()) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// Wrong shapes are left to torch's own kernel, whose errors name its arguments.
+bool takes_shapes(std::int64_t embed_dim, std::int64_t num_heads, const at::Tensor& qkv_weight,
+                  const at::Tensor& qkv_bias, const at::Tensor& proj_weight,
+                  const at::Tensor& proj_bias) {
+  return num_heads > 0 && embed_dim > 0 && embed_dim % num_heads == 0 &&
+         qkv_weight.sizes() == at::IntArrayRef{3 * embed_dim, embed_dim} &&
+         qkv_bias.sizes() == at::IntArrayRef{3 * embed_dim} &&
+         proj_weight.sizes() == at::IntArrayRef{embed_dim, embed_dim} &&
+         proj_bias.sizes() == at::IntArrayRef{embed_dim};
+}
+
+// (batch, seq, embed): query
+bool takes_mask(const at::Tensor& query, std::int64_t num_heads, const at::Tensor& mask,
+                std::optional<std::int64_t> mask_type) {
+  if (!mask_type.has_value() || mask.device() != query.device() || mask.is_nested() ||
+      mask.layout() != at::kStrided) {
+    return false;
+  }
+  const std::int64_t batch = query.size(0);
+  const std::int64_t seq = query.size(1);
+  switch (static_cast<FastPathMask>(*mask_type)) {
+    case FastPathMask::kSource:
+      return mask.sizes() == at::IntArrayRef{seq, seq};
+    case FastPathMask::kKeyPadding:
+      return mask.sizes() == at::IntArrayRef{batch, seq};
+    case FastPathMask::kMerged:
+      return mask.sizes() == at::IntArrayRef{batch, num_heads, seq, seq};
+  }
+  return false;
+}
+
+SelfAttentionMasks masks_of(const OptionalTensor& mask, std::optional<std::int64_t> mask_type) {
+  SelfAttentionMasks masks;
+  if (!mask.has_value() || !mask->defined()) return masks;
+  const at::Tensor ignore = mask->to(at::kBool);
+  if (static_cast<FastPathMask>(*mask_type) == FastPathMask::kKeyPadding) {
+    masks.key_padding_mask = ignore;
+  } else {
+    masks.attn_mask = ignore.logical_not();
+  }
+  return masks;
+}
+
+at::Tensor call_self_attention(const at::Tensor& input, const at::Tensor& in_proj_weight,
+                               const OptionalTensor& in_proj_bias,
+                               const at::Tensor& out_proj_weight,
+                               const OptionalTensor& out_proj_bias, std::int64_t num_heads,
+                               const SelfAttentionMasks& masks) {
+  using Signature =
+      at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const at::Tensor&,
+                 const OptionalTensor&, std::int64_t, const OptionalTensor&, double, bool,
+                 const OptionalTensor&);
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("torch_ext::self_attention", "")
+                             .typed<Signature>();
+  return op.call(input, in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias, num_heads,
+                 masks.attn_mask, /*dropout_p=*/0.0, /*is_causal=*/false, masks.key_padding_mask);
+}
+
+std::tuple<at::Tensor, at::Tensor> torch_multi_head_attention(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, std::int64_t embed_dim,
+    std::int64_t num_heads, const at::Tensor& qkv_weight, const at::Tensor& qkv_bias,
+    const at::Tensor& proj_weight, const at::Tensor& proj_bias, const OptionalTensor& mask,
+    bool need_weights, bool average_attn_weights, std::optional<std::int64_t> mask_type) {
+#ifdef TORCH_EXT_CUDA
+  if (query.is_cuda()) {
+    return at::native::native_multi_head_attention_cuda(
+        query, key, value, embed_dim, num_heads, qkv_weight, qkv_bias, proj_weight, proj_bias, mask,
+        need_weights, average_attn_weights, mask_type);
+  }
+#endif
+  return at::native::native_multi_head_attention_cpu(
+      query, key, value, embed_dim, num_heads, qkv_weight, qkv_bias, proj_weight, proj_bias, mask,
+      need_weights, average_attn_weights, mask_type);
+}
+
+std::tuple<at::Tensor, at::Tensor> dense_multi_head_attention(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, std::int64_t embed_dim,
+    std::int64_t num_heads, const at::Tensor& qkv_weight, const at::Tensor& qkv_bias,
+    const at::Tensor& proj_weight, const at::Tensor& proj_bias, const OptionalTensor& mask,
+    bool need_weights, bool average_attn_weights, std::optional<std::int64_t> mask_type) {
+  const bool has_mask = mask.has_value() && mask->defined();
+  const bool fused =
+      !need_weights && key.is_same(query) && value.is_same(query) && is_plain_floating(query) &&
+      query.dim() == 3 && query.size(2) == embed_dim &&
+      takes_parameters(query, qkv_weight, qkv_bias, proj_weight, proj_bias) &&
+      takes_shapes(embed_dim, num_heads, qkv_weight, qkv_bias, proj_weight, proj_bias) &&
+      (!has_mask || takes_mask(query, num_heads, *mask, mask_type)) && !torch_backend_chosen(query);
+  if (!fused) {
+    return torch_multi_head_attention(query, key, value, embed_dim, num_heads, qkv_weight, qkv_bias,
+                                      proj_weight, proj_bias, mask, need_weights,
+                                      average_attn_weights, mask_type);
+  }
+  return {call_self_attention(query, qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads,
+                              masks_of(mask, mask_type)),
+          at::Tensor()};
+}
+
+// (batch, max_len), True behind each sequence's end. sizes: (batch, 2), each sequence's length and
+// width.
+at::Tensor padding_behind(const at::Tensor& sizes, std::int64_t max_len, c10::Device device) {
+  const at::Tensor lengths = sizes.select(1, 0).unsqueeze(1).to(device);  // (batch, 1)
+  return at::arange(max_len, lengths.options()).ge(lengths);
+}
+
+std::tuple<at::Tensor, at::Tensor> nested_multi_head_attention(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, std::int64_t embed_dim,
+    std::int64_t num_heads, const at::Tensor& qkv_weight, const at::Tensor& qkv_bias,
+    const at::Tensor& proj_weight, const at::Tensor& proj_bias, const OptionalTensor& mask,
+    bool need_weights, bool average_attn_weights, std::optional<std::int64_t> mask_type) {
+  const at::ScalarType dtype = query.scalar_type();
+  const bool fused =
+      !need_weights && key.is_same(query) && value.is_same(query) && query.is_nested() &&
+      query.dim() == 3 && query.numel() > 0 && query.is_contiguous() &&
+      (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf ||
+       dtype == at::kDouble) &&
+      at::native::get_nested_tensor_impl(query)->opt_size(2) == embed_dim &&
+      !(mask.has_value() && mask->defined()) &&
+      takes_parameters(query, qkv_weight, qkv_bias, proj_weight, proj_bias) &&
+      takes_shapes(embed_dim, num_heads, qkv_weight, qkv_bias, proj_weight, proj_bias) &&
+      !torch_backend_chosen(query);
+  if (!fused) {
+    return torch_multi_head_attention(query, key, value, embed_dim, num_heads, qkv_weight, qkv_bias,
+                                      proj_weight, proj_bias, mask, need_weights,
+                                      average_attn_weights, mask_type);
+  }
+  const at::Tensor sizes = at::native::get_nested_sizes(query);  // (batch, 2) on the CPU
+  const at::Tensor padded = query.to_padded_tensor(0.0);         // (batch, max_len, embed)
+  SelfAttentionMasks masks;
+  masks.key_padding_mask = padding_behind(sizes, padded.size(1), query.device());
+  const at::Tensor out = call_self_attention(padded, qkv_weight, qkv_bias, proj_weight, proj_bias,
+                                             num_heads, masks);
+  return {at::_nested_from_padded(out, sizes), at::Tensor()};
+}
+
+// torch warns once per process when a kernel replaces another one at the same key. Here that is
+// the purpose, and the warning would be spent on it.
+class SilentWarnings final : public c10::WarningHandler {
+ public:
+  void process(const c10::Warning& /*warning*/) override {}
+};
+
+}  // namespace
+
+void override_multi_head_attention(std::vector<torch::Library>& libraries) {
+  SilentWarnings silent;
+  const c10::WarningUtils::WarningHandlerGuard guard(&silent);
+  const auto add = [&libraries](c10::DispatchKey key) -> torch::Library& {
+    return libraries.emplace_back(torch::Library::IMPL, "aten", key, __FILE__, __LINE__);
+  };
+  const auto override_device = [&add](c10::DispatchKey dense, c10::DispatchKey nested) {
+    add(dense).impl("_native_multi_head_attention", TORCH_FN(dense_multi_head_attention));
+    add(nested).impl("_native_multi_head_attention", TORCH_FN(nested_multi_head_attention));
+  };
+  override_device(c10::DispatchKey::CPU, c10::DispatchKey::NestedTensorCPU);
+#ifdef TORCH_EXT_CUDA
+  if (has_kernels_for(c10::kCUDA)) {
+    override_device(c10::DispatchKey::CUDA, c10::DispatchKey::NestedTensorCUDA);
+  }
+#endif
+}
+
+}  // namespace torch_ext

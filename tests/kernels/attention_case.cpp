@@ -1,0 +1,363 @@
+#include "attention_case.h"
+
+#include <algorithm>
+#include <cmath>
+#include <random>
+#include <sstream>
+
+namespace torch_ext::testing {
+namespace {
+
+const char* dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::kFloat32:
+      return "f32";
+    case ScalarType::kFloat64:
+      return "f64";
+    case ScalarType::kBFloat16:
+      return "bf16";
+    case ScalarType::kFloat16:
+      return "f16";
+    case ScalarType::kBool:
+      return "bool";
+  }
+  return "?";
+}
+
+const char* pattern_name(MaskPattern pattern) {
+  switch (pattern) {
+    case MaskPattern::kRandom:
+      return "random";
+    case MaskPattern::kFull:
+      return "full";
+    case MaskPattern::kEmpty:
+      return "empty";
+    case MaskPattern::kWindow:
+      return "window";
+    case MaskPattern::kBlocks:
+      return "blocks";
+    case MaskPattern::kHalfRows:
+      return "half_rows";
+  }
+  return "?";
+}
+
+std::uint64_t mix(std::uint64_t state) {  // splitmix64
+  state += 0x9E3779B97F4A7C15u;
+  state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9u;
+  state = (state ^ (state >> 27)) * 0x94D049BB133111EBu;
+  return state ^ (state >> 31);
+}
+
+/// Uniform in [0, 1), the same for the same place.
+double uniform_at(std::uint64_t seed, std::int64_t a, std::int64_t b, std::int64_t c,
+                  std::int64_t d) {
+  std::uint64_t state = mix(seed);
+  for (const std::int64_t index : {a, b, c, d}) {
+    state = mix(state ^ static_cast<std::uint64_t>(index));
+  }
+  return static_cast<double>(state >> 11) * 0x1p-53;
+}
+
+bool pattern_attends(const MaskSpec& mask, std::uint64_t seed, std::int64_t batch,
+                     std::int64_t head, std::int64_t row, std::int64_t col) {
+  switch (mask.pattern) {
+    case MaskPattern::kRandom:
+      return uniform_at(seed, batch, head, row, col) < mask.density;
+    case MaskPattern::kFull:
+      return true;
+    case MaskPattern::kEmpty:
+      return false;
+    case MaskPattern::kWindow:
+      return std::abs(row - col) < mask.window;
+    case MaskPattern::kBlocks:
+      return uniform_at(seed, batch, head, row / 32, col / 32) < mask.density;
+    case MaskPattern::kHalfRows:
+      return row % 2 == 0;
+  }
+  return true;
+}
+
+void fill_normal(StridedTensor& tensor, double deviation, std::uint64_t seed) {
+  std::mt19937_64 engine(mix(seed));
+  std::normal_distribution<double> normal(0.0, deviation);
+  tensor.fill([&](auto, auto, auto, auto) { return normal(engine); });
+}
+
+}  // namespace
+
+std::string describe(const AttentionCase& spec) {
+  std::ostringstream text;
+  text << dtype_name(spec.dtype) << " batch";
+  for (const std::int64_t size : spec.batch_sizes) {
+    if (size != 1) text << " " << size;
+  }
+  text << " heads " << spec.query_heads << "/" << spec.kv_heads << " q_len " << spec.q_len
+       << " kv_len " << spec.kv_len << " head_dim " << spec.head_dim;
+  if (spec.value_dim >= 0) text << " value_dim " << spec.value_dim;
+  if (spec.packed) text << " packed";
+  text << " layout " << layout_name(spec.layout) << " grad_out "
+       << layout_name(spec.grad_out_layout);
+  if (!std::isnan(spec.scale)) text << " scale " << spec.scale;
+  if (spec.mask.kind != AttentionMaskKind::kNone) {
+    text << (spec.mask.kind == AttentionMaskKind::kBoolean ? " boolean" : " additive") << " mask "
+         << pattern_name(spec.mask.pattern) << " " << dtype_name(spec.mask.dtype) << " "
+         << layout_name(spec.mask.layout) << " broadcast";
+    if (spec.mask.broadcast.batch) text << " batch";
+    if (spec.mask.broadcast.heads) text << " heads";
+    if (spec.mask.broadcast.rows) text << " rows";
+    if (spec.mask.broadcast.cols) text << " cols";
+    text << " excluded " << spec.mask.excluded;
+  }
+  if (spec.key_padding > 0.0) text << " key_padding " << spec.key_padding;
+  if (spec.is_causal) text << " causal " << spec.causal_offset;
+  if (spec.dropout > 0.0) text << " dropout " << spec.dropout;
+  if (spec.has_grad_logsumexp) text << " grad_logsumexp";
+  if (spec.wants_grad_mask) text << " grad_mask";
+  if (spec.guard == GuardSide::kFront) text << " guard front";
+  text << " seed " << spec.seed;
+  return text.str();
+}
+
+AttentionProblem::AttentionProblem(const AttentionCase& attention_case) : spec(attention_case) {
+  make_shape();
+  make_inputs();
+  make_masks();
+  make_outputs();
+}
+
+void AttentionProblem::make_shape() {
+  shape.batch_sizes = spec.batch_sizes;
+  shape.query_heads = spec.query_heads;
+  shape.kv_heads = spec.kv_heads;
+  shape.q_len = spec.q_len;
+  shape.kv_len = spec.kv_len;
+  shape.head_dim = spec.head_dim;
+  shape.value_dim = spec.value_dim < 0 ? spec.head_dim : spec.value_dim;
+  scale = std::isnan(spec.scale) ? 1.0 / std::sqrt(static_cast<double>(std::max<std::int64_t>(
+                                             shape.head_dim, 1)))
+                                 : spec.scale;
+}
+
+TensorExtent AttentionProblem::extent(std::int64_t heads, std::int64_t rows,
+                                      std::int64_t cols) const {
+  return {shape.batch_sizes, heads, rows, cols};
+}
+
+namespace {
+
+/// query, key and value as windows of one (batch, row, heads...) buffer.
+struct PackedTensors {
+  StridedTensor query, key, value;
+};
+
+PackedTensors make_packed(const AttentionShape& shape, ScalarType dtype, GuardSide guard) {
+  const std::int64_t key_offset = shape.query_heads * shape.head_dim;
+  const std::int64_t value_offset = key_offset + shape.kv_heads * shape.head_dim;
+  const std::int64_t row_stride = value_offset + shape.kv_heads * shape.value_dim;
+  const std::int64_t rows = std::max(shape.q_len, shape.kv_len);
+  StridedView strides{};
+  std::int64_t step = rows * row_stride;
+  for (int dim = kMaxBatchDims - 1; dim >= 0; --dim) {
+    strides.batch_strides[dim] = step;
+    step *= shape.batch_sizes[dim];
+  }
+  strides.row_stride = row_stride;
+  strides.col_stride = 1;
+  auto storage = std::make_shared<GuardedBuffer>(
+      static_cast<std::size_t>(step) * element_size(dtype), guard);
+
+  const auto window = [&](std::int64_t heads, std::int64_t len, std::int64_t dim,
+                          std::int64_t offset) {
+    StridedView view = strides;
+    view.head_stride = dim;
+    return StridedTensor(dtype, {shape.batch_sizes, heads, len, dim}, storage, view, offset);
+  };
+  return {window(shape.query_heads, shape.q_len, shape.head_dim, 0),
+          window(shape.kv_heads, shape.kv_len, shape.head_dim, key_offset),
+          window(shape.kv_heads, shape.kv_len, shape.value_dim, value_offset)};
+}
+
+}  // namespace
+
+void AttentionProblem::make_inputs() {
+  if (spec.packed) {
+    PackedTensors packed = make_packed(shape, spec.dtype, spec.guard);
+    query = packed.query;
+    key = packed.key;
+    value = packed.value;
+  } else {
+    const auto make = [&](std::int64_t heads, std::int64_t rows, std::int64_t cols) {
+      return StridedTensor(spec.dtype, extent(heads, rows, cols), spec.layout, spec.guard);
+    };
+    query = make(shape.query_heads, shape.q_len, shape.head_dim);
+    key = make(shape.kv_heads, shape.kv_len, shape.head_dim);
+    value = make(shape.kv_heads, shape.kv_len, shape.value_dim);
+  }
+  grad_out = StridedTensor(spec.dtype, extent(shape.query_heads, shape.q_len, shape.value_dim),
+                           spec.grad_out_layout, spec.guard);
+  const auto seed = static_cast<std::uint64_t>(spec.seed);
+  fill_normal(query, spec.magnitude, 16 * seed);
+  fill_normal(key, spec.magnitude, 16 * seed + 1);
+  fill_normal(value, 1.0, 16 * seed + 2);
+  fill_normal(grad_out, 1.0, 16 * seed + 3);
+  if (spec.has_grad_logsumexp) {
+    const ScalarType type =
+        spec.dtype == ScalarType::kFloat64 ? ScalarType::kFloat64 : ScalarType::kFloat32;
+    grad_logsumexp = StridedTensor(type, extent(shape.query_heads, shape.q_len, 1));
+    fill_normal(grad_logsumexp, 1.0, 16 * seed + 4);
+  }
+}
+
+void AttentionProblem::make_masks() {
+  const auto seed = static_cast<std::uint64_t>(spec.seed);
+  if (spec.mask.kind != AttentionMaskKind::kNone) {
+    const bool boolean = spec.mask.kind == AttentionMaskKind::kBoolean;
+    mask = StridedTensor(boolean ? ScalarType::kBool : spec.mask.dtype,
+                         extent(shape.query_heads, shape.q_len, shape.kv_len), spec.mask.layout,
+                         spec.guard, spec.mask.broadcast);
+    std::mt19937_64 engine(mix(16 * seed + 5));
+    std::normal_distribution<double> normal;
+    mask.fill([&](std::int64_t batch, std::int64_t head, std::int64_t row, std::int64_t col) {
+      const bool attended = pattern_attends(spec.mask, seed, batch, head, row, col);
+      if (boolean) return attended ? 1.0 : 0.0;
+      return attended ? normal(engine) : spec.mask.excluded;
+    });
+  }
+  if (spec.key_padding > 0.0) {
+    Broadcast broadcast;
+    broadcast.batch = spec.key_padding_shared;
+    key_padding = StridedTensor(ScalarType::kBool, extent(1, 1, shape.kv_len), Layout::kBhsd,
+                                spec.guard, broadcast);
+    key_padding.fill([&](std::int64_t batch, std::int64_t, std::int64_t, std::int64_t col) {
+      return uniform_at(seed + 77, batch, 0, 0, col) < spec.key_padding ? 1.0 : 0.0;
+    });
+  }
+}
+
+void AttentionProblem::make_outputs() {
+  const Layout layout = layout_is_writable(spec.layout) ? spec.layout : Layout::kBhsd;
+  const auto make = [&](std::int64_t heads, std::int64_t rows, std::int64_t cols) {
+    return StridedTensor(spec.dtype, extent(heads, rows, cols), layout, spec.guard);
+  };
+  out = make(shape.query_heads, shape.q_len, shape.value_dim);
+  const ScalarType accumulation =
+      spec.dtype == ScalarType::kFloat64 ? ScalarType::kFloat64 : ScalarType::kFloat32;
+  if (spec.wants_logsumexp) {
+    logsumexp = StridedTensor(accumulation, extent(shape.query_heads, shape.q_len, 1));
+  }
+  if (spec.packed) {
+    PackedTensors packed = make_packed(shape, spec.dtype, spec.guard);
+    grad_query = packed.query;
+    grad_key = packed.key;
+    grad_value = packed.value;
+  } else {
+    grad_query = make(shape.query_heads, shape.q_len, shape.head_dim);
+    grad_key = make(shape.kv_heads, shape.kv_len, shape.head_dim);
+    grad_value = make(shape.kv_heads, shape.kv_len, shape.value_dim);
+  }
+  if (spec.wants_grad_mask) {
+    grad_mask = StridedTensor(accumulation, extent(shape.query_heads, shape.q_len, shape.kv_len),
+                              Layout::kBhsd, spec.guard, spec.mask.broadcast);
+  }
+}
+
+AttentionProblem AttentionProblem::as_float64() const {
+  AttentionProblem result;
+  result.spec = spec;
+  result.spec.dtype = ScalarType::kFloat64;
+  result.spec.layout = Layout::kBhsd;
+  result.spec.packed = false;
+  result.spec.guard = GuardSide::kBack;
+  result.spec.wants_logsumexp = true;
+  result.make_shape();
+  result.query = query.as(ScalarType::kFloat64);
+  result.key = key.as(ScalarType::kFloat64);
+  result.value = value.as(ScalarType::kFloat64);
+  result.grad_out = grad_out.as(ScalarType::kFloat64);
+  if (grad_logsumexp) result.grad_logsumexp = grad_logsumexp.as(ScalarType::kFloat64);
+  result.mask = mask;
+  result.key_padding = key_padding;
+  result.make_outputs();
+  return result;
+}
+
+namespace {
+
+AttentionMasking make_masking(const AttentionProblem& problem) {
+  AttentionMasking masking{.kind = problem.spec.mask.kind,
+                           .mask_dtype = problem.mask.type(),
+                           .mask = problem.mask.const_view(),
+                           .key_padding = problem.key_padding.const_view(),
+                           .is_causal = problem.spec.is_causal,
+                           .causal_offset = problem.spec.causal_offset};
+  // Only batch_strides and col_stride may be used.
+  masking.key_padding.head_stride = std::int64_t{1} << 40;
+  masking.key_padding.row_stride = std::int64_t{1} << 40;
+  return masking;
+}
+
+AttentionDropout make_dropout(const AttentionCase& spec) {
+  return {.probability = spec.dropout, .seed = spec.dropout > 0.0 ? &spec.seed : nullptr};
+}
+
+}  // namespace
+
+AttentionForwardParams AttentionProblem::forward_params() const {
+  return {.dtype = spec.dtype,
+          .shape = shape,
+          .query = query.const_view(),
+          .key = key.const_view(),
+          .value = value.const_view(),
+          .out = out.view(),
+          .logsumexp = logsumexp.view().data,
+          .scale = scale,
+          .masking = make_masking(*this),
+          .dropout = make_dropout(spec)};
+}
+
+AttentionBackwardParams AttentionProblem::backward_params() const {
+  return {.dtype = spec.dtype,
+          .shape = shape,
+          .query = query.const_view(),
+          .key = key.const_view(),
+          .value = value.const_view(),
+          .out = out.const_view(),
+          .grad_out = grad_out.const_view(),
+          .logsumexp = logsumexp.view().data,
+          .grad_logsumexp = grad_logsumexp.view().data,
+          .grad_query = grad_query.view(),
+          .grad_key = grad_key.view(),
+          .grad_value = grad_value.view(),
+          .grad_mask = grad_mask.view(),
+          .scale = scale,
+          .masking = make_masking(*this),
+          .dropout = make_dropout(spec)};
+}
+
+bool AttentionProblem::attends(std::int64_t batch, std::int64_t head, std::int64_t row,
+                               std::int64_t col) const {
+  if (spec.is_causal && col - row > spec.causal_offset) return false;
+  if (key_padding && key_padding.get(batch, 0, 0, col) != 0.0) return false;
+  if (spec.mask.kind == AttentionMaskKind::kBoolean) return mask.get(batch, head, row, col) != 0.0;
+  if (spec.mask.kind == AttentionMaskKind::kAdditive) {
+    return mask.get(batch, head, row, col) != -std::numeric_limits<double>::infinity();
+  }
+  return true;
+}
+
+std::int64_t AttentionProblem::count_attended_pairs() const {
+  std::int64_t count = 0;
+  for (std::int64_t batch = 0; batch < shape.batch(); ++batch) {
+    for (std::int64_t head = 0; head < shape.query_heads; ++head) {
+      for (std::int64_t row = 0; row < shape.q_len; ++row) {
+        for (std::int64_t col = 0; col < shape.kv_len; ++col) {
+          count += attends(batch, head, row, col) ? 1 : 0;
+        }
+      }
+    }
+  }
+  return count;
+}
+
+}  // namespace torch_ext::testing

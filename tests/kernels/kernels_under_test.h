@@ -1,0 +1,36 @@
+// Every kernel table that this machine can run, for parameterised tests.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <string>
+#include <vector>
+
+#include "kernels/cpu/kernel_table.h"
+
+namespace torch_ext::testing {
+
+struct KernelUnderTest {
+  std::string name;  // also the prefix of the test's name
+  const KernelTable* table;
+};
+
+/// In the order of CpuCapability, then the emulated wide instruction sets.
+std::vector<KernelUnderTest> kernels_under_test();
+
+inline std::string kernel_test_name(const ::testing::TestParamInfo<KernelUnderTest>& info) {
+  return info.param.name;
+}
+
+class AttentionKernelTest : public ::testing::TestWithParam<KernelUnderTest> {
+ protected:
+  const KernelTable& kernel() const { return *GetParam().table; }
+};
+
+}  // namespace torch_ext::testing
+
+/// Runs the TEST_P of `suite`, an AttentionKernelTest, on every kernel: "EachIsa/suite.test/avx2".
+#define TORCH_EXT_TEST_EACH_ISA(suite)                                                   \
+  INSTANTIATE_TEST_SUITE_P(EachIsa, suite,                                               \
+                           ::testing::ValuesIn(::torch_ext::testing::kernels_under_test()), \
+                           ::torch_ext::testing::kernel_test_name)
