@@ -81,7 +81,8 @@ struct AttentionBackwardParams {
   ConstStridedView grad_out{};               // any strides, 0 too
   const void* logsumexp = nullptr;           // as written by the forward pass
   const void* grad_logsumexp = nullptr;      // the same layout and type, or null
-  StridedView grad_query{};                  // every gradient is written whole, never read
+  // Written whole, never read; data == nullptr: not wanted.
+  StridedView grad_query{};
   StridedView grad_key{};
   StridedView grad_value{};
   /// Gradient of an additive mask: float (double for kFloat64), in the mask's own shape, a stride

@@ -199,11 +199,11 @@ struct DecodeKernel {
     const std::int64_t heads = base.group();
     const std::int64_t query_padded = round_up(shape.head_dim, kLanes);
     const std::int64_t value_padded = round_up(shape.value_dim, kLanes);
-    typename Base::Scratch scratch{base.workspace + plan.worker_offset +
+    ScratchArea scratch{base.workspace + plan.worker_offset +
                                    worker * plan.worker_bytes};
-    float* query = scratch.template take<float>(kDecodeRows * query_padded);
-    float* out = scratch.template take<float>(kDecodeRows * value_padded);
-    float* scores = scratch.template take<float>(kDecodeRows * plan.kv_block + kLanes);
+    float* query = scratch.take<float>(kDecodeRows * query_padded);
+    float* out = scratch.take<float>(kDecodeRows * value_padded);
+    float* scores = scratch.take<float>(kDecodeRows * plan.kv_block + kLanes);
 
     Row rows[kRows];
     std::int64_t kv_end = 0;

@@ -51,20 +51,9 @@ struct ForwardKernel {
   char* workspace;
   DropoutState dropout;
 
-  /// Lays the private area of a worker out; the schedule sizes it by the same sum.
-  struct Scratch {
-    char* next;
-    template <typename Element>
-    Element* take(std::int64_t count) {
-      Element* result = reinterpret_cast<Element*>(next);
-      next += round_up(count * static_cast<std::int64_t>(sizeof(Element)), 64);
-      return result;
-    }
-  };
-
   std::int64_t group() const { return params.shape.query_heads / params.shape.kv_heads; }
 
-  void set_up_tile(QueryTile<Policy>& tile, Scratch& scratch) const {
+  void set_up_tile(QueryTile<Policy>& tile, ScratchArea& scratch) const {
     const AttentionShape& shape = params.shape;
     tile.panel = scratch.take<Scalar>((shape.head_dim + 1) / Policy::kDepth * kSubTile);
     tile.out = scratch.take<T>(shape.value_dim * kSubTile);
@@ -236,16 +225,13 @@ struct ForwardKernel {
           x = x - reference[j];
         }
         Vec<T> weight = exp2_vector<Policy::kForwardExp2Degree>(x);
-        if constexpr (kMasked) weight = x < static_cast<T>(kNegligible) ? Vec<T>{} : weight;
+        if constexpr (kMasked) weight = x < static_cast<T>(kNegligibleExponent<T>) ? Vec<T>{} : weight;
         sum[j] += weight;
         store<T>(score, weight);
       }
     }
     for (int j = 0; j < kVectors; ++j) store<T>(tile.sum + j * kLanes, sum[j]);
   }
-
-  /// Exponents below this are 0: past the smallest normal number.
-  static constexpr double kNegligible = sizeof(T) == 8 ? -1022.0 : -126.0;
 
   /// One (tile, block): scores, softmax, weighted values.
   template <int kVectors>
@@ -366,7 +352,7 @@ struct ForwardKernel {
     const std::int64_t kv_head = pair % shape.kv_heads;
     const std::int64_t map_slice =
         plan.mask_map.used ? mask_map_slice(plan.mask_map, shape, batch, kv_head) : 0;
-    Scratch scratch{workspace + plan.worker_offset + worker * plan.worker_bytes};
+    ScratchArea scratch{workspace + plan.worker_offset + worker * plan.worker_bytes};
     char* key_buffer = scratch.take<char>(staged_rows_bytes<Policy>(plan.kv_block, shape.head_dim));
     char* value_buffer =
         scratch.take<char>(staged_rows_bytes<Policy>(plan.kv_block, shape.value_dim));
@@ -500,8 +486,8 @@ struct ForwardKernel {
 
 /// Runs the plan: mask map, tasks (longest first where causal), then the join of the splits.
 template <typename Policy>
-static KernelPath run_forward(const AttentionForwardParams& params, const ForwardPlan& plan,
-                              const TaskRunner& runner, char* workspace) {
+static void run_forward(const AttentionForwardParams& params, const ForwardPlan& plan,
+                        const TaskRunner& runner, char* workspace) {
   TileClass* map = reinterpret_cast<TileClass*>(workspace + plan.mask_map.offset);
   if (plan.mask_map.used) {
     build_mask_map(params.masking, params.shape, plan.mask_map, params.shape.group(), runner, map);
@@ -519,5 +505,4 @@ static KernelPath run_forward(const AttentionForwardParams& params, const Forwar
       kernel.combine_row(task / plan.rows, task % plan.rows);
     });
   }
-  return nullptr;
 }

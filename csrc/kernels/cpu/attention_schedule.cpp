@@ -54,7 +54,8 @@ ForwardPlan plan_forward(const AttentionForwardParams& params, const TileGeometr
                 params.key.col_stride == 1 && params.value.col_stride == 1;
   // Four sub-tiles share one staged block of K and V: conversion costs 1/4, and what fp32 reads in
   // place comes from the first-level cache.
-  plan.super_tile = std::min(ceil_div(plan.rows, plan.sub_tile), std::int64_t{4}) * plan.sub_tile;
+  plan.super_tile =
+      std::clamp(ceil_div(plan.rows, plan.sub_tile), std::int64_t{1}, std::int64_t{4}) * plan.sub_tile;
   plan.row_tiles = plan.decode ? 1 : ceil_div(plan.rows, plan.super_tile);
   plan.kv_block = 64;
 
@@ -118,7 +119,9 @@ BackwardPlan plan_backward(const AttentionBackwardParams& params, const TileGeom
                                                                                            : 1;
   const std::int64_t unit = 2 * (64 / 4);  // keys whose dropout bits are made together
   plan.key_tile = ceil_div(sub_tile * sub_tiles, unit) * unit;
-  plan.key_tile = std::min(plan.key_tile, std::max<std::int64_t>(ceil_div(shape.kv_len, unit), 1) * unit);
+  // Equal tiles rather than a small one at the end.
+  const std::int64_t tiles = std::max<std::int64_t>(ceil_div(shape.kv_len, plan.key_tile), 1);
+  plan.key_tile = std::max<std::int64_t>(ceil_div(ceil_div(shape.kv_len, tiles), unit), 1) * unit;
   plan.query_block = head <= 128 ? 64 : 32;
   plan.head_stride = ceil_div(shape.head_dim, geometry.lanes) * geometry.lanes;
 
@@ -165,7 +168,8 @@ BackwardPlan plan_backward(const AttentionBackwardParams& params, const TileGeom
   if (geometry.depth == 2) worker += 3 * align(queries * keys * scalar);
   worker += staged_bytes(plan.query_block, shape.head_dim, geometry);   // Q
   worker += staged_bytes(plan.query_block, shape.value_dim, geometry);  // dO
-  worker += align((plan.query_block + 64) * keys * 2);                  // dropout bits
+  worker += align((plan.query_block + 64 / 4) * keys * 2);              // dropout bits
+  worker += align(keys * compute);                                      // key bias
   worker += 2 * align(shape.q_len * shape.group() * compute);           // logsumexp, delta
   worker += align(ceil_div(shape.q_len, plan.query_block) * shape.group());  // dQ started
   if (plan.chunks == 1) {

@@ -17,7 +17,6 @@ struct TileGeometry {
   int max_vectors;     // vectors per sub-tile
   int compute_size;    // bytes of a compute element: 4 or 8
   int depth;           // elements that one contraction step consumes: 2 for bf16 pairs
-  bool native_dtype;   // operands are read where they lie, nothing is converted
 };
 
 /// (slice, row tile, column tile) classes of a boolean mask, one slice for all heads and batches

@@ -130,12 +130,61 @@ TORCH_EXT_INLINE StagedRows<Policy> stage_rows(const void* data, ScalarType type
   }
 }
 
+/// Contraction steps over `length` elements.
+template <typename Policy>
+TORCH_EXT_INLINE std::int64_t depth_steps(std::int64_t length) {
+  return (length + Policy::kDepth - 1) / Policy::kDepth;
+}
+
+/// Rows of vectors that the micro-kernel multiplies with: (steps, columns), columns padded with
+/// zeros to whole vectors.
+template <typename Policy>
+struct RightOperand {
+  const typename Policy::Scalar* data;
+  std::int64_t stride;
+};
+
+/// Stages rows (rows, columns) as the right operand of a contraction over the rows. `buffer` as in
+/// stage_rows().
+template <typename Policy>
+TORCH_EXT_INLINE RightOperand<Policy> stage_right(const void* data, ScalarType type,
+                                                  std::int64_t row_stride, std::int64_t col_stride,
+                                                  std::int64_t rows, std::int64_t columns,
+                                                  void* buffer) {
+  using Scalar = typename Policy::Scalar;
+  const std::int64_t padded = staged_columns<Policy>(columns);
+  if constexpr (Policy::kDepth == 1) {
+    if (type == kNativeType<Policy> && col_stride == 1 && columns == padded) {
+      return {static_cast<const Scalar*>(data), row_stride};
+    }
+    Scalar* target = static_cast<Scalar*>(buffer);
+    convert_rows<Scalar>(data, type, row_stride, col_stride, rows, columns, target, padded);
+    return {target, padded};
+  } else {
+    const StagedRows<Policy> staged = stage_rows<Policy>(data, type, row_stride, col_stride, rows,
+                                                         columns, buffer, false, true);
+    return {staged.over_rows.data, staged.over_rows.depth_stride};
+  }
+}
+
 /// Bytes that stage_rows() may touch in its buffer.
 template <typename Policy>
 TORCH_EXT_INLINE std::int64_t staged_rows_bytes(std::int64_t rows, std::int64_t columns) {
   const std::int64_t elements = round_up(rows, 2) * staged_columns<Policy>(columns);
   return round_up(elements * static_cast<std::int64_t>(sizeof(typename Policy::Compute)), 64);
 }
+
+/// Hands out pieces of a worker's private memory, one after the other; the schedule sizes it by the
+/// same sum.
+struct ScratchArea {
+  char* next;
+  template <typename Element>
+  Element* take(std::int64_t count) {
+    Element* result = reinterpret_cast<Element*>(next);
+    next += round_up(count * static_cast<std::int64_t>(sizeof(Element)), 64);
+    return result;
+  }
+};
 
 /// One lane group of a transposed panel: panel[column / depth][lane] = row(lane)[column] * factor
 /// for `count` rows at row_offset(lane), zero in the other lanes. bf16 pairs take no factor.

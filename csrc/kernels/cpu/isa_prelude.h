@@ -1,0 +1,14 @@
+// What the kernels need from outside, included before an isa_*.cpp file opens its `#pragma GCC
+// target` region: standard and shared inline code stays compiled for the baseline.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../attention_params.h"
+#include "../counter_rng.h"
+#include "../strided_view.h"
+#include "attention_mask_map.h"
+#include "attention_schedule.h"
+#include "kernel_table.h"
+#include "task_runner.h"
