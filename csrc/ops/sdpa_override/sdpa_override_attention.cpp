@@ -1,8 +1,9 @@
 // aten::scaled_dot_product_attention, overridden.
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/scaled_dot_product_attention_native.h>
 #include <torch/library.h>
 
+#include "../attention/attention_operators.h"
+#include "../attention/attention_path.h"
 #include "sdpa_override_kernels.h"
 #include "torch_backend_choice.h"
 
@@ -12,34 +13,32 @@ namespace {
 // batch (at most 4 dimensions), heads, length, head_dim
 constexpr std::int64_t kMaxDims = 7;
 
-using AttentionSignature = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                      const std::optional<at::Tensor>&, double, bool,
-                                      std::optional<double>, bool);
-
-bool takes(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-           const std::optional<at::Tensor>& attn_mask) {
+// Null where the call is torch_ext's.
+const char* why_torch(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                      const OptionalTensor& attn_mask) {
+  if (torch_backend_chosen(query)) return kBackendChosen;
   for (const at::Tensor* tensor : {&query, &key, &value}) {
-    if (!is_plain_floating(*tensor) || tensor->device() != query.device() ||
-        tensor->dim() > kMaxDims) {
-      return false;
-    }
+    if (!is_plain_floating(*tensor)) return kUnsupportedTensor;
+    if (tensor->device() != query.device()) return kMixedDevices;
+    if (tensor->dim() > kMaxDims) return "torch: more than 7 dimensions";
   }
-  if (!attn_mask.has_value() || !attn_mask->defined()) return true;
-  return attn_mask->device() == query.device() && attn_mask->layout() == at::kStrided &&
-         !attn_mask->is_nested();
+  if (const at::Tensor* mask = given(attn_mask)) {
+    if (mask->is_nested() || mask->layout() != at::kStrided) return kUnsupportedTensor;
+    if (mask->device() != query.device()) return kMixedDevices;
+  }
+  return nullptr;
 }
 
 at::Tensor fused_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                           const std::optional<at::Tensor>& attn_mask, double dropout_p,
-                           bool is_causal, std::optional<double> scale, bool enable_gqa) {
-  if (torch_backend_chosen(query) || !takes(query, key, value, attn_mask)) {
+                           const OptionalTensor& attn_mask, double dropout_p, bool is_causal,
+                           std::optional<double> scale, bool enable_gqa) {
+  if (const char* reason = why_torch(query, key, value, attn_mask)) {
+    record_attention_path(reason);
     return at::native::scaled_dot_product_attention(query, key, value, attn_mask, dropout_p,
                                                     is_causal, scale, enable_gqa);
   }
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torch_ext::scaled_dot_product_attention", "")
-                             .typed<AttentionSignature>();
-  return op.call(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa);
+  return call_scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal,
+                                           scale, enable_gqa);
 }
 
 }  // namespace

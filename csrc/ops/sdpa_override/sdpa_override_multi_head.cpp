@@ -2,7 +2,6 @@
 // and through aten::_transformer_encoder_layer_fwd that of nn.TransformerEncoderLayer and
 // nn.TransformerEncoder, which hands over nested tensors when it has a padding mask.
 #include <ATen/NestedTensorImpl.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/_native_multi_head_attention_native.h>
 #include <ATen/ops/_nested_from_padded.h>
 #include <ATen/ops/arange.h>
@@ -12,13 +11,13 @@
 
 #include <tuple>
 
+#include "../attention/attention_operators.h"
+#include "../attention/attention_path.h"
 #include "sdpa_override_kernels.h"
 #include "torch_backend_choice.h"
 
 namespace torch_ext {
 namespace {
-
-using OptionalTensor = std::optional<at::Tensor>;
 
 // Which of the two masks of self_attention a mask of the fast path is. The fast path's masks are
 // boolean in meaning, non-zero = ignore, whatever their dtype.
@@ -34,8 +33,7 @@ bool takes_parameters(const at::Tensor& query, const at::Tensor& qkv_weight,
                       const at::Tensor& proj_bias) {
   for (const at::Tensor* parameter : {&qkv_weight, &qkv_bias, &proj_weight, &proj_bias}) {
     if (!parameter->defined() || !is_plain_floating(*parameter) ||
-        parameter->device() != query.device() ||
-        parameter->scalar_type() != query.scalar_type()) {
+        parameter->device() != query.device() || parameter->scalar_type() != query.scalar_type()) {
       return false;
     }
   }
@@ -73,32 +71,41 @@ bool takes_mask(const at::Tensor& query, std::int64_t num_heads, const at::Tenso
   return false;
 }
 
+// One entry where every index reads the same memory: nn.MultiheadAttention expands its mask to
+// (batch, heads, seq, seq), and converting that as it stands would write all of it.
+at::Tensor without_repeats(at::Tensor mask) {
+  for (std::int64_t dim = 0; dim < mask.dim(); ++dim) {
+    if (mask.stride(dim) == 0 && mask.size(dim) > 1) mask = mask.narrow(dim, 0, 1);
+  }
+  return mask;
+}
+
 SelfAttentionMasks masks_of(const OptionalTensor& mask, std::optional<std::int64_t> mask_type) {
   SelfAttentionMasks masks;
-  if (!mask.has_value() || !mask->defined()) return masks;
-  const at::Tensor ignore = mask->to(at::kBool);
+  const at::Tensor* ignore = given(mask);
+  if (ignore == nullptr) return masks;
   if (static_cast<FastPathMask>(*mask_type) == FastPathMask::kKeyPadding) {
-    masks.key_padding_mask = ignore;
+    masks.key_padding_mask = ignore->to(at::kBool);
   } else {
-    masks.attn_mask = ignore.logical_not();
+    masks.attn_mask = without_repeats(*ignore).to(at::kBool).logical_not();
   }
   return masks;
 }
 
-at::Tensor call_self_attention(const at::Tensor& input, const at::Tensor& in_proj_weight,
-                               const OptionalTensor& in_proj_bias,
-                               const at::Tensor& out_proj_weight,
-                               const OptionalTensor& out_proj_bias, std::int64_t num_heads,
-                               const SelfAttentionMasks& masks) {
-  using Signature =
-      at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const at::Tensor&,
-                 const OptionalTensor&, std::int64_t, const OptionalTensor&, double, bool,
-                 const OptionalTensor&);
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torch_ext::self_attention", "")
-                             .typed<Signature>();
-  return op.call(input, in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias, num_heads,
-                 masks.attn_mask, /*dropout_p=*/0.0, /*is_causal=*/false, masks.key_padding_mask);
+// Null where the call is torch_ext's. takes: whether its arguments are.
+const char* why_torch(const at::Tensor& query, bool takes) {
+  if (torch_backend_chosen(query)) return kBackendChosen;
+  return takes ? nullptr
+               : "torch: weights asked for, or arguments that self_attention does not take";
+}
+
+at::Tensor self_attention_of(const at::Tensor& input, const at::Tensor& qkv_weight,
+                             const at::Tensor& qkv_bias, const at::Tensor& proj_weight,
+                             const at::Tensor& proj_bias, std::int64_t num_heads,
+                             const SelfAttentionMasks& masks) {
+  return call_self_attention(input, qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads,
+                             masks.attn_mask, /*dropout_p=*/0.0, /*is_causal=*/false,
+                             masks.key_padding_mask);
 }
 
 std::tuple<at::Tensor, at::Tensor> torch_multi_head_attention(
@@ -123,20 +130,21 @@ std::tuple<at::Tensor, at::Tensor> dense_multi_head_attention(
     std::int64_t num_heads, const at::Tensor& qkv_weight, const at::Tensor& qkv_bias,
     const at::Tensor& proj_weight, const at::Tensor& proj_bias, const OptionalTensor& mask,
     bool need_weights, bool average_attn_weights, std::optional<std::int64_t> mask_type) {
-  const bool has_mask = mask.has_value() && mask->defined();
+  const at::Tensor* given_mask = given(mask);
   const bool fused =
       !need_weights && key.is_same(query) && value.is_same(query) && is_plain_floating(query) &&
       query.dim() == 3 && query.size(2) == embed_dim &&
       takes_parameters(query, qkv_weight, qkv_bias, proj_weight, proj_bias) &&
       takes_shapes(embed_dim, num_heads, qkv_weight, qkv_bias, proj_weight, proj_bias) &&
-      (!has_mask || takes_mask(query, num_heads, *mask, mask_type)) && !torch_backend_chosen(query);
-  if (!fused) {
+      (given_mask == nullptr || takes_mask(query, num_heads, *given_mask, mask_type));
+  if (const char* reason = why_torch(query, fused)) {
+    record_attention_path(reason);
     return torch_multi_head_attention(query, key, value, embed_dim, num_heads, qkv_weight, qkv_bias,
                                       proj_weight, proj_bias, mask, need_weights,
                                       average_attn_weights, mask_type);
   }
-  return {call_self_attention(query, qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads,
-                              masks_of(mask, mask_type)),
+  return {self_attention_of(query, qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads,
+                            masks_of(mask, mask_type)),
           at::Tensor()};
 }
 
@@ -159,11 +167,11 @@ std::tuple<at::Tensor, at::Tensor> nested_multi_head_attention(
       (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf ||
        dtype == at::kDouble) &&
       at::native::get_nested_tensor_impl(query)->opt_size(2) == embed_dim &&
-      !(mask.has_value() && mask->defined()) &&
+      given(mask) == nullptr &&
       takes_parameters(query, qkv_weight, qkv_bias, proj_weight, proj_bias) &&
-      takes_shapes(embed_dim, num_heads, qkv_weight, qkv_bias, proj_weight, proj_bias) &&
-      !torch_backend_chosen(query);
-  if (!fused) {
+      takes_shapes(embed_dim, num_heads, qkv_weight, qkv_bias, proj_weight, proj_bias);
+  if (const char* reason = why_torch(query, fused)) {
+    record_attention_path(reason);
     return torch_multi_head_attention(query, key, value, embed_dim, num_heads, qkv_weight, qkv_bias,
                                       proj_weight, proj_bias, mask, need_weights,
                                       average_attn_weights, mask_type);
@@ -172,8 +180,8 @@ std::tuple<at::Tensor, at::Tensor> nested_multi_head_attention(
   const at::Tensor padded = query.to_padded_tensor(0.0);         // (batch, max_len, embed)
   SelfAttentionMasks masks;
   masks.key_padding_mask = padding_behind(sizes, padded.size(1), query.device());
-  const at::Tensor out = call_self_attention(padded, qkv_weight, qkv_bias, proj_weight, proj_bias,
-                                             num_heads, masks);
+  const at::Tensor out =
+      self_attention_of(padded, qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads, masks);
   return {at::_nested_from_padded(out, sizes), at::Tensor()};
 }
 

@@ -103,8 +103,6 @@ EnabledScope::EnabledScope(bool on) : id_(override_switch().open_scope(on)) {}
 
 EnabledScope::~EnabledScope() { override_switch().close_scope(id_); }
 
-void set_override_listener(OverrideListener listener) {
-  override_switch().set_listener(listener);
-}
+void set_override_listener(OverrideListener listener) { override_switch().set_listener(listener); }
 
 }  // namespace torch_ext
