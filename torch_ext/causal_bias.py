@@ -1,0 +1,211 @@
+"""torch.nn.attention.bias: causal masks that are a rule, not a tensor.
+
+``causal_upper_left`` is ``is_causal=True``. ``causal_lower_right`` lets query i attend to the keys up
+to i + kv_len - q_len; torch writes it out as a boolean mask on the CPU, here it is the kernels' causal
+offset.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from torch_ext.torch_backends import kernels_exist_for, torch_backend_chosen
+
+if TYPE_CHECKING:
+    from torch.nn.attention.bias import CausalBias
+
+__all__ = ["attention", "install", "is_causal_bias", "remove"]
+
+# Importing it imports Dynamo, which takes seconds. A program that has not done so has no such mask.
+_BIAS_MODULE = "torch.nn.attention.bias"
+
+_stock_dispatch: Callable[..., Tensor] | None = None
+_installed = False
+
+
+def is_causal_bias(mask: Any) -> bool:
+    """Whether a mask is one of torch.nn.attention.bias."""
+    module = sys.modules.get(_BIAS_MODULE)
+    return module is not None and isinstance(mask, module.CausalBias)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: CausalBias,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Scaled dot product attention under a causal bias, fused.
+
+    Args:
+        query: (batch..., heads, q_len, head_dim)
+        key: (batch..., kv_heads, kv_len, head_dim)
+        value: (batch..., kv_heads, kv_len, value_dim)
+        attn_mask: ``causal_upper_left(q_len, kv_len)`` or ``causal_lower_right(q_len, kv_len)``
+        dropout_p, scale, enable_gqa: as in scaled_dot_product_attention
+        is_causal: must be False, as in torch
+
+    Returns:
+        (batch..., heads, q_len, value_dim). A query that the lower-right triangle leaves without keys
+        (q_len > kv_len) gives 0.
+
+    Raises:
+        ValueError: with ``is_causal=True``, or for a lower-right bias of other lengths than those of
+            query and key.
+    """
+    if is_causal:
+        raise ValueError("CausalBias should not be used with causal=True")
+    if not _is_lower_right(attn_mask):
+        return torch.ops.torch_ext.scaled_dot_product_attention(
+            query, key, value, None, dropout_p, True, scale=scale, enable_gqa=enable_gqa
+        )
+    q_len, kv_len = query.size(-2), key.size(-2)
+    if attn_mask.seq_len_q != q_len or attn_mask.seq_len_kv != kv_len:
+        raise ValueError(
+            "torch_ext::scaled_dot_product_attention: attn_mask takes a causal_lower_right of query's "
+            f"and key's lengths ({q_len}, {kv_len}), got causal_lower_right"
+            f"({attn_mask.seq_len_q}, {attn_mask.seq_len_kv})"
+        )
+    seed = None
+    if dropout_p > 0.0:
+        seed = torch.randint(torch.iinfo(torch.int64).max, (1,), device=query.device)
+    return torch.ops.torch_ext.attention_forward(
+        query,
+        key,
+        value,
+        None,
+        dropout_p,
+        True,
+        scale=scale,
+        enable_gqa=enable_gqa,
+        causal_offset=kv_len - q_len,
+        dropout_seed=seed,
+    )[0]
+
+
+def _is_lower_right(bias: CausalBias) -> bool:
+    # On a square both triangles are the same.
+    return bias.variant.name == "LOWER_RIGHT" and bias.seq_len_q != bias.seq_len_kv
+
+
+def _takes(query: Tensor, key: Tensor, value: Tensor, bias: CausalBias) -> bool:
+    """Whether F.scaled_dot_product_attention under the bias is torch_ext's, as its override decides."""
+    device = query.device.type
+    return (
+        _is_lower_right(bias)
+        and all(type(t) is Tensor or type(t) is torch.nn.Parameter for t in (query, key, value))
+        and all(t.layout == torch.strided for t in (query, key, value))
+        and query.dim() >= 2
+        and key.dim() >= 2
+        and query.dtype.is_floating_point
+        and bias.seq_len_q == query.size(-2)
+        and bias.seq_len_kv == key.size(-2)
+        and kernels_exist_for(device)
+        and not torch_backend_chosen(device)
+    )
+
+
+def _dispatch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: CausalBias,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if _installed and not is_causal and _takes(query, key, value, attn_mask):
+        return attention(
+            query, key, value, attn_mask, dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa
+        )
+    # The upper-left triangle comes back to the override as is_causal=True.
+    return _stock_dispatch(  # type: ignore[misc]
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+    )
+
+
+def install() -> None:
+    """Sends F.scaled_dot_product_attention under a lower-right bias to `attention`."""
+    global _installed
+    _installed = True
+    module = sys.modules.get(_BIAS_MODULE)
+    if module is not None and hasattr(module, "CausalBias"):
+        _install_in(module)
+    elif _when_imported not in sys.meta_path:
+        sys.meta_path.insert(0, _when_imported)
+
+
+def remove() -> None:
+    """Gives the dispatch of CausalBias back to torch."""
+    global _installed
+    _installed = False
+    if _when_imported in sys.meta_path:
+        sys.meta_path.remove(_when_imported)
+    module = sys.modules.get(_BIAS_MODULE)
+    if module is not None and _stock_dispatch is not None:
+        if module.CausalBias.__dict__["_dispatch"].__func__ is _dispatch:
+            module.CausalBias._dispatch = staticmethod(_stock_dispatch)
+
+
+def _install_in(module: ModuleType) -> None:
+    global _stock_dispatch
+    current = module.CausalBias._dispatch
+    if current is not _dispatch:
+        _stock_dispatch = current
+        module.CausalBias._dispatch = staticmethod(_dispatch)  # type: ignore[attr-defined]
+
+
+class _Loader(importlib.abc.Loader):
+    """The module's own loader, followed by `_install_in`."""
+
+    def __init__(self, loader: importlib.abc.Loader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        if module.__spec__ is not None:
+            module.__spec__.loader = module.__loader__ = self._loader
+        if _installed:
+            _install_in(module)
+
+
+class _WhenImported(importlib.abc.MetaPathFinder):
+    """Stands in sys.meta_path while the drop-in is on and the module is not imported yet."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != _BIAS_MODULE:
+            return None
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+_when_imported = _WhenImported()

@@ -1,0 +1,102 @@
+"""Keeps torch.compile's products apart by whether the drop-in was on when they were made.
+
+What a compiled function runs is fixed while it is traced, and nothing that Dynamo guards on changes
+with the dispatcher. So at every change of state, the code compiled in the state that ends gets one
+more guard: that state. Code of both states stays cached side by side, and a function that is called
+in the other state is compiled once more, then reused. The caches on disk, keyed by a graph that looks
+the same in both states, get the state into their key.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+__all__ = ["compile_lock", "state_changed"]
+
+_CACHE_KEY_MARK = "torch_ext"
+
+_enabled = False
+
+
+def _is_state(enabled: bool) -> Callable[..., bool]:
+    def guard(*_: Any) -> bool:
+        return _enabled is enabled
+
+    return guard
+
+
+_STATE_GUARDS = {enabled: _is_state(enabled) for enabled in (False, True)}
+
+
+@contextlib.contextmanager
+def compile_lock() -> Iterator[None]:
+    """Held, Dynamo compiles nothing in other threads: no compilation straddles a change of state."""
+    convert_frame = sys.modules.get("torch._dynamo.convert_frame")
+    if convert_frame is None:
+        yield
+        return
+    with convert_frame.compile_lock:
+        yield
+
+
+def state_changed(enabled: bool) -> None:
+    """The drop-in has just been switched; everything compiled until now belongs to the other state."""
+    global _enabled
+    _tie_compiled_code_to(not enabled)
+    _enabled = enabled
+    _mark_cache_key(enabled)
+    fake_tensor = sys.modules.get("torch._subclasses.fake_tensor")
+    if fake_tensor is not None:
+        # Holds, per operator and argument shapes, the strides that the kernel of that time gave.
+        fake_tensor.FakeTensorMode.cache_clear()
+
+
+def _cache_entries() -> Iterator[Any]:
+    convert_frame = sys.modules.get("torch._dynamo.convert_frame")
+    if convert_frame is None:
+        return
+    from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
+
+    for reference in list(convert_frame.input_codes.seen):
+        code = reference()
+        if code is not None:
+            yield from _debug_get_cache_entry_list(code)
+
+
+def _tie_compiled_code_to(enabled: bool) -> None:
+    for entry in _cache_entries():
+        manager = entry.guard_manager
+        if not hasattr(manager, "torch_ext_enabled"):
+            text = f"torch_ext.is_enabled() is {enabled}"
+            manager.root.add_lambda_guard(_STATE_GUARDS[enabled], [text], None)
+            manager.torch_ext_enabled = enabled
+
+
+def _with_mark(tag: str, enabled: bool) -> str:
+    parts = [part for part in tag.split("+") if part and part != _CACHE_KEY_MARK]
+    return "+".join([*parts, _CACHE_KEY_MARK] if enabled else parts)
+
+
+_unmarked_default: Any = None
+
+
+def _mark_cache_key(enabled: bool) -> None:
+    global _unmarked_default
+    config = torch.compiler.config
+    # A value assigned to the option counts in the assigning thread alone; the default that an
+    # environment variable gives is everybody's.
+    entry = config._config["cache_key_tag"]
+    if enabled:
+        _unmarked_default = entry.env_value_default
+        before = _unmarked_default if isinstance(_unmarked_default, str) else ""
+        entry.env_value_default = _with_mark(before, enabled)
+    else:
+        entry.env_value_default = _unmarked_default
+    tag = config.cache_key_tag
+    if tag != _with_mark(tag, enabled):
+        config.cache_key_tag = _with_mark(tag, enabled)

@@ -1,0 +1,245 @@
+"""Sends nn.MultiheadAttention's self-attention to torch_ext::self_attention while the drop-in is on.
+
+The dispatcher never sees a multi-head layer in training, only its projections and its attention, so
+the whole-layer operator is reached from Python: `install` puts a forward in front of the stock one
+in the class, `remove` takes it away again. Modules, hooks, subclasses and state dicts are untouched:
+what changes is one entry in the class's dictionary, and only while the drop-in is on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_ext.torch_backends import kernels_exist_for, torch_backend_chosen
+
+__all__ = ["install", "is_installed", "remove"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+_stock_forward: Callable[..., tuple[Tensor, Tensor | None]] | None = None
+
+
+def _is_plain(tensor: Any) -> bool:
+    # Subclasses and parametrized stand-ins keep the path that knows them.
+    return (
+        type(tensor) is Tensor or type(tensor) is nn.Parameter
+    ) and tensor.layout == torch.strided
+
+
+def _takes_module(module: nn.MultiheadAttention, query: Tensor) -> bool:
+    """Whether the module has self_attention's parameter layout, in dtypes that go together."""
+    if (
+        not module._qkv_same_embed_dim
+        or module.bias_k is not None
+        or module.bias_v is not None
+        or module.add_zero_attn
+        or not _is_plain(module.in_proj_weight)
+        or not _is_plain(module.out_proj.weight)
+    ):
+        return False
+    in_proj_bias, out_proj_bias = module.in_proj_bias, module.out_proj.bias
+    if (in_proj_bias is not None and not _is_plain(in_proj_bias)) or (
+        out_proj_bias is not None and not _is_plain(out_proj_bias)
+    ):
+        return False
+    if torch.is_autocast_enabled(query.device.type):
+        return True  # the operator's autocast rule brings them to one dtype
+    dtype = query.dtype
+    return (
+        module.in_proj_weight.dtype == dtype
+        and module.out_proj.weight.dtype == dtype
+        and (in_proj_bias is None or in_proj_bias.dtype == dtype)
+        and (out_proj_bias is None or out_proj_bias.dtype == dtype)
+    )
+
+
+def _takes_masks(
+    module: nn.MultiheadAttention,
+    query: Tensor,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+) -> bool:
+    """Whether the masks have nn.MultiheadAttention's shapes and dtypes; its own path names errors."""
+    batch = query.size(0) if query.dim() == 3 else 1
+    length = query.size(-2)
+    if attn_mask is not None:
+        if not _is_plain(attn_mask) or attn_mask.dtype not in (torch.bool, query.dtype):
+            return False
+        if attn_mask.dim() == 3:
+            if attn_mask.size(0) != batch * module.num_heads:
+                return False
+        elif attn_mask.dim() != 2:
+            return False
+        if attn_mask.size(-2) != length or attn_mask.size(-1) != length:
+            return False
+    if key_padding_mask is not None:
+        if not _is_plain(key_padding_mask):
+            return False
+        if key_padding_mask.dtype not in (torch.bool, query.dtype):
+            return False
+        if attn_mask is not None and key_padding_mask.dtype != attn_mask.dtype:
+            return False  # deprecated in torch: its own path warns
+        if key_padding_mask.dim() != query.dim() - 1 or key_padding_mask.size(-1) != length:
+            return False
+        if query.dim() == 3 and key_padding_mask.size(0) != batch:
+            return False
+    return True
+
+
+def _takes(
+    module: nn.MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    need_weights: bool,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+) -> bool:
+    if need_weights or query is not key or key is not value:
+        return False
+    # Sequence first is left to the stock path, whose output is contiguous in that order; its
+    # attention runs fused all the same.
+    if not _is_plain(query) or not (query.dim() == 2 or (query.dim() == 3 and module.batch_first)):
+        return False
+    if query.dtype not in _DTYPES or query.size(-1) != module.embed_dim:
+        return False
+    if is_causal and attn_mask is None:
+        return False  # torch refuses the hint without the mask
+    return (
+        _takes_module(module, query)
+        and _takes_masks(module, query, key_padding_mask, attn_mask)
+        and kernels_exist_for(query.device.type)
+        and not torch_backend_chosen(query.device.type)
+    )
+
+
+def _as_boolean_padding(key_padding_mask: Tensor) -> Tensor | None:
+    """A floating mask of nothing but 0 and -inf as the boolean one that it was made from, or None.
+
+    nn.TransformerEncoder(Layer) turns a boolean padding mask into this before nn.MultiheadAttention
+    sees it; as a boolean mask the padded tiles are skipped. Compiled code cannot look at values.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or key_padding_mask.requires_grad
+        or key_padding_mask.device.type != "cpu"
+    ):
+        return None
+    ignore = key_padding_mask == float("-inf")
+    if bool(torch.logical_or(ignore, key_padding_mask == 0).all()):
+        return ignore
+    return None
+
+
+def _self_attention(
+    module: nn.MultiheadAttention,
+    query: Tensor,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+) -> Tensor:
+    """query: (batch, seq, embed) or (seq, embed); the masks as nn.MultiheadAttention's."""
+    batched = query.dim() == 3
+    source = query if batched else query.unsqueeze(0)
+    batch, length = source.size(0), source.size(1)
+    if is_causal:
+        # The hint says that attn_mask is the causal mask.
+        attn_mask = None
+    elif attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            attn_mask = attn_mask.logical_not()  # nn.MultiheadAttention: True = ignore
+        if attn_mask.dim() == 3:
+            attn_mask = attn_mask.view(batch, module.num_heads, length, length)
+    if key_padding_mask is not None:
+        if not batched:
+            key_padding_mask = key_padding_mask.unsqueeze(0)
+        if key_padding_mask.dtype != torch.bool:
+            additive = key_padding_mask
+            key_padding_mask = _as_boolean_padding(additive)
+            if key_padding_mask is None:
+                bias = additive.view(batch, 1, 1, length)
+                if is_causal:
+                    # An additive mask and is_causal do not go together: causal as a mask.
+                    is_causal = False
+                    ahead = torch.ones(length, length, dtype=torch.bool, device=bias.device)
+                    bias = bias.masked_fill(ahead.triu(1), float("-inf"))
+                attn_mask = bias if attn_mask is None else attn_mask + bias
+    out = torch.ops.torch_ext.self_attention(
+        source,
+        module.in_proj_weight,
+        module.in_proj_bias,
+        module.out_proj.weight,
+        module.out_proj.bias,
+        module.num_heads,
+        attn_mask,
+        module.dropout if module.training else 0.0,
+        is_causal,
+        key_padding_mask=key_padding_mask,
+    )
+    return out if batched else out.squeeze(0)
+
+
+def _forward(
+    self: nn.MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    if is_installed() and _takes(
+        self, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal
+    ):
+        return _self_attention(self, query, key_padding_mask, attn_mask, is_causal), None
+    return _stock_forward(  # type: ignore[misc]
+        self,
+        query,
+        key,
+        value,
+        key_padding_mask=key_padding_mask,
+        need_weights=need_weights,
+        attn_mask=attn_mask,
+        average_attn_weights=average_attn_weights,
+        is_causal=is_causal,
+    )
+
+
+_forward.__name__ = "forward"
+_forward.__qualname__ = "MultiheadAttention.forward"
+
+_installed = False
+
+
+def is_installed() -> bool:
+    """Whether self-attention is being routed."""
+    return _installed
+
+
+def install() -> None:
+    """Routes nn.MultiheadAttention; leaves a forward alone that somebody else has put there."""
+    global _installed, _stock_forward
+    current = nn.MultiheadAttention.forward
+    if current is _forward:
+        _installed = True
+        return
+    if current.__module__ != "torch.nn.modules.activation":
+        return
+    _stock_forward = current
+    nn.MultiheadAttention.forward = _forward  # type: ignore[method-assign]
+    _installed = True
+
+
+def remove() -> None:
+    """Puts the stock forward back; one wrapped meanwhile by somebody else only stops routing."""
+    global _installed
+    _installed = False
+    if nn.MultiheadAttention.forward is _forward and _stock_forward is not None:
+        nn.MultiheadAttention.forward = _stock_forward  # type: ignore[method-assign]

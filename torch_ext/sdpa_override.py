@@ -1,0 +1,90 @@
+"""The drop-in switch: torch's attention runs torch_ext's fused operators while it is on."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+from types import TracebackType
+
+from torch_ext import _C, causal_bias, compiled_code, multi_head_routing
+
+__all__ = ["disable", "enable", "enabled", "is_enabled"]
+
+
+def enable() -> None:
+    """Runs torch's attention fused from here on, in the whole process.
+
+    That is ``F.scaled_dot_product_attention`` and all that is built on it (``nn.MultiheadAttention``,
+    ``nn.TransformerEncoder``, ``nn.TransformerDecoder``, ``nn.Transformer`` and most models),
+    training and inference, their inference fast paths included, eager and under ``torch.compile``,
+    on devices that torch_ext has kernels for. What torch_ext does not take (nested, sparse, quantized
+    or complex tensors) and everything inside ``torch.nn.attention.sdpa_kernel(...)`` keeps torch's own
+    kernels.
+
+    Inside ``enabled()`` it changes that scope only. A function compiled while the drop-in was off is
+    compiled anew when it is next called, and the other way round; both versions stay cached.
+    """
+    with compiled_code.compile_lock():
+        _C.enable()
+
+
+def disable() -> None:
+    """Gives torch's attention back to torch: no override, no routed module is left behind."""
+    with compiled_code.compile_lock():
+        _C.disable()
+
+
+def is_enabled() -> bool:
+    """Whether torch's attention runs fused now."""
+    return _C.is_enabled()
+
+
+class enabled(contextlib.ContextDecorator):
+    """Context manager and decorator: fused attention inside, afterwards what was there before.
+
+    Scopes nest, also ``enabled(False)`` inside ``enabled()``. The switch is the process's: other
+    threads see it too, and where scopes of several threads overlap the one opened last decides.
+
+    Args:
+        on: whether the drop-in is on (the default) or off inside.
+    """
+
+    def __init__(self, on: bool = True) -> None:
+        self._on = on
+        self._scopes: list[_C.EnabledScope] = []
+
+    def __enter__(self) -> enabled:
+        with compiled_code.compile_lock():
+            self._scopes.append(_C.EnabledScope(self._on))
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with compiled_code.compile_lock():
+            self._scopes.pop().close()
+
+
+def _state_changed(on: bool) -> None:
+    compiled_code.state_changed(on)
+    if on:
+        multi_head_routing.install()
+        causal_bias.install()
+    else:
+        causal_bias.remove()
+        multi_head_routing.remove()
+
+
+# Called for C++'s enable() and disable() too.
+_C.set_override_listener(_state_changed)
+atexit.register(_C.set_override_listener, None)
+
+# Dynamo: a question answered while tracing (its guard is compiled_code's), and switches that no graph
+# can hold. The attributes are those that torch.compiler's decorators set, without importing Dynamo.
+is_enabled._dynamo_marked_constant = True  # type: ignore[attr-defined]
+for _switch in (enable, disable, enabled.__enter__, enabled.__exit__):
+    _switch._torchdynamo_disable = True  # type: ignore[attr-defined]
+    _switch._torchdynamo_disable_msg = "torch_ext's drop-in is switched outside compiled code"  # type: ignore[attr-defined]
