@@ -23,6 +23,18 @@
 
 #include "attention_entry-inl.h"
 
+#include "list_staging-inl.h"
+
+#include "accumulate-inl.h"
+
+#include "gradient_norm-inl.h"
+
+#include "optimizer_step-inl.h"
+
+#include "weight_gradient-inl.h"
+
+#include "embedding_gradient-inl.h"
+
 // constexpr: the table is constant data. Code of this instruction set must not run at start-up.
 static constexpr KernelTable make_kernel_table(CpuCapability capability) {
   return {
@@ -31,5 +43,13 @@ static constexpr KernelTable make_kernel_table(CpuCapability capability) {
       .attention_forward = attention_forward,
       .attention_backward_workspace = attention_backward_workspace,
       .attention_backward = attention_backward,
+      .accumulate = accumulate,
+      .grad_stats_workspace = grad_stats_workspace,
+      .grad_stats = grad_stats,
+      .adam_step = adam_step,
+      .sgd_step = sgd_step,
+      .weight_gradient_workspace = weight_gradient_workspace,
+      .weight_gradient = weight_gradient,
+      .embedding_gradient = embedding_gradient,
   };
 }

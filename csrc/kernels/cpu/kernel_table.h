@@ -3,6 +3,7 @@
 
 #include <cstddef>
 
+#include "../accumulation_params.h"
 #include "../attention_params.h"
 #include "cpu_isa.h"
 #include "task_runner.h"
@@ -23,6 +24,16 @@ struct KernelTable {
   std::size_t (*attention_backward_workspace)(const AttentionBackwardParams&, int num_workers);
   KernelPath (*attention_backward)(const AttentionBackwardParams&, const TaskRunner&,
                                    void* workspace);
+
+  /// The mini-batch kernels; which path they take is of no interest to anyone.
+  void (*accumulate)(const AccumulateParams&, const TaskRunner&);
+  std::size_t (*grad_stats_workspace)(const GradStatsParams&);
+  void (*grad_stats)(const GradStatsParams&, const TaskRunner&, void* workspace);
+  void (*adam_step)(const AdamParams&, const TaskRunner&);
+  void (*sgd_step)(const SgdParams&, const TaskRunner&);
+  std::size_t (*weight_gradient_workspace)(const WeightGradientParams&, int num_workers);
+  void (*weight_gradient)(const WeightGradientParams&, const TaskRunner&, void* workspace);
+  void (*embedding_gradient)(const EmbeddingGradientParams&, const TaskRunner&);
 };
 
 /// The table of current_capability().
