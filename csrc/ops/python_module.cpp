@@ -1,12 +1,55 @@
-// torch_ext._C: what is no operator: build info, and the instruction set in use.
+// torch_ext._C: what is no operator. The instruction set in use, the drop-in switch, and which path
+// the newest attention call took.
 #include <pybind11/pybind11.h>
-#include <torch_ext/version.h>
+#include <torch_ext/attention.h>
+#include <torch_ext/sdpa_override.h>
 
+#include <optional>
 #include <string>
+#include <utility>
 
-#include "kernels/cpu/cpu_isa.h"
+#include "../kernels/cpu/cpu_isa.h"
 
 namespace py = pybind11;
+
+namespace {
+
+/// A torch_ext::EnabledScope that Python closes itself: garbage collection comes too late, or
+/// early.
+class ScopeHandle {
+ public:
+  explicit ScopeHandle(bool on) : scope_(std::in_place, on) {}
+  void close() { scope_.reset(); }
+
+ private:
+  std::optional<torch_ext::EnabledScope> scope_;
+};
+
+// Never destroyed: a C++ thread may flip the switch while the interpreter goes away.
+py::object& override_listener() {
+  static auto* const listener = new py::object(py::none());
+  return *listener;
+}
+
+void notify_python(bool enabled) {
+  const py::gil_scoped_acquire gil;
+  const py::object listener = override_listener();
+  try {
+    listener(enabled);
+  } catch (py::error_already_set& error) {
+    // The switch has been flipped, whatever the listener makes of it.
+    error.discard_as_unraisable("torch_ext's override listener");
+  }
+}
+
+void set_override_listener(py::object listener) {
+  torch_ext::OverrideListener const notify = listener.is_none() ? nullptr : &notify_python;
+  std::swap(override_listener(), listener);
+  const py::gil_scoped_release released;
+  torch_ext::set_override_listener(notify);
+}
+
+}  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cpu_capability",
@@ -15,8 +58,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         [] { return std::string(torch_ext::capability_name(torch_ext::supported_capability())); });
   m.def(
       "set_cpu_capability",
-      [](const std::string& name) {
-        torch_ext::set_capability(torch_ext::parse_capability(name));
-      },
+      [](const std::string& name) { torch_ext::set_capability(torch_ext::parse_capability(name)); },
       py::arg("name"));
+  m.def("last_attention_path", [] { return std::string(torch_ext::last_attention_path()); });
+
+  // The switch is locked while its listener runs, and the listener takes the GIL: whoever waits for
+  // the switch must not hold it.
+  using Released = py::call_guard<py::gil_scoped_release>;
+  m.def("enable", &torch_ext::enable, Released());
+  m.def("disable", &torch_ext::disable, Released());
+  m.def("is_enabled", &torch_ext::is_enabled);
+  m.def("set_override_listener", &set_override_listener, py::arg("listener").none(true));
+  py::class_<ScopeHandle>(m, "EnabledScope")
+      .def(py::init<bool>(), py::arg("on") = true, Released())
+      .def("close", &ScopeHandle::close, Released());
 }

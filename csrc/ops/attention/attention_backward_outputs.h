@@ -1,0 +1,39 @@
+// How gradients are allocated and brought to the shapes of the inputs, alike on every device and
+// for symbolic shapes.
+#pragma once
+
+#include "attention_arguments.h"
+#include "attention_operators.h"
+
+namespace torch_ext {
+
+/// Where the kernels write the gradients. Undefined: not wanted. All have the shapes that the
+/// inputs broadcast to, but `mask`, which has the mask's own shape and the accumulating type.
+struct AttentionGradientOutputs {
+  at::Tensor query;
+  at::Tensor key;
+  at::Tensor value;
+  at::Tensor mask;
+};
+
+/// Memory order of the inputs, so that views of a packed or transposed projection get their
+/// gradient where it has to go.
+template <typename Int>
+AttentionGradientOutputs attention_gradient_outputs(const AttentionArguments& arguments,
+                                                    std::array<bool, 4> output_mask,
+                                                    const AttentionGeometry<Int>& geometry);
+
+extern template AttentionGradientOutputs attention_gradient_outputs(
+    const AttentionArguments&, std::array<bool, 4>, const AttentionGeometry<std::int64_t>&);
+extern template AttentionGradientOutputs attention_gradient_outputs(
+    const AttentionArguments&, std::array<bool, 4>, const AttentionGeometry<c10::SymInt>&);
+
+/// outputs.mask in the mask's dtype.
+at::Tensor mask_gradient(const AttentionArguments& arguments,
+                         const AttentionGradientOutputs& outputs);
+
+/// Sums over what the inputs broadcast, and brings the mask's gradient to its dtype.
+BackwardResult reduced_gradients(const AttentionArguments& arguments,
+                                 const AttentionGradientOutputs& outputs);
+
+}  // namespace torch_ext

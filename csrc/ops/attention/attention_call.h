@@ -1,0 +1,23 @@
+// Arguments -> kernel params, on every device.
+#pragma once
+
+#include "../../kernels/attention_params.h"
+#include "attention_arguments.h"
+
+namespace torch_ext {
+
+/// What both passes share.
+AttentionShape attention_shape(const AttentionGeometry<std::int64_t>& geometry);
+AttentionMasking attention_masking(const AttentionArguments& arguments, std::int64_t causal_offset);
+AttentionDropout attention_dropout(const AttentionArguments& arguments);
+double attention_scale(const AttentionArguments& arguments, std::int64_t head_dim);
+
+/// No pair of a query and a key exists: out is 0, logsumexp -inf and every gradient 0.
+bool has_no_scores(const AttentionGeometry<std::int64_t>& geometry);
+
+AttentionForwardParams forward_params(const AttentionArguments& arguments,
+                                      std::int64_t causal_offset,
+                                      const AttentionGeometry<std::int64_t>& geometry,
+                                      const at::Tensor& out, const at::Tensor* logsumexp);
+
+}  // namespace torch_ext

@@ -1,0 +1,52 @@
+// The public C++ functions.
+#include <torch_ext/attention.h>
+
+#include "attention_checks.h"
+#include "attention_operators.h"
+#include "plain_dispatch.h"
+
+namespace torch_ext {
+
+at::Tensor scaled_dot_product_attention(const at::Tensor& query, const at::Tensor& key,
+                                        const at::Tensor& value,
+                                        const std::optional<at::Tensor>& attn_mask,
+                                        double dropout_p, bool is_causal,
+                                        std::optional<double> scale, bool enable_gqa) {
+  return call_scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal,
+                                           scale, enable_gqa);
+}
+
+std::tuple<at::Tensor, at::Tensor> attention_forward(const at::Tensor& query, const at::Tensor& key,
+                                                     const at::Tensor& value,
+                                                     const AttentionForwardOptions& options) {
+  OptionalTensor seed = options.dropout_seed;
+  if (options.dropout_p > 0.0 && !seed.has_value()) {
+    check_attention<c10::SymInt>("attention_forward",
+                                 {.query = query,
+                                  .key = key,
+                                  .value = value,
+                                  .attn_mask = given(options.attn_mask),
+                                  .dropout_p = options.dropout_p,
+                                  .is_causal = options.is_causal,
+                                  .scale = options.scale,
+                                  .enable_gqa = options.enable_gqa,
+                                  .key_padding_mask = given(options.key_padding_mask)},
+                                 SeedArgument::kDrawnLater);
+    seed = draw_dropout_seed(query);
+  }
+  return call_attention_forward(query, key, value, options.attn_mask, options.dropout_p,
+                                options.is_causal, options.scale, options.enable_gqa,
+                                options.causal_offset, options.key_padding_mask, seed);
+}
+
+at::Tensor self_attention(const at::Tensor& input, const at::Tensor& in_proj_weight,
+                          const std::optional<at::Tensor>& in_proj_bias,
+                          const at::Tensor& out_proj_weight,
+                          const std::optional<at::Tensor>& out_proj_bias, std::int64_t num_heads,
+                          const std::optional<at::Tensor>& attn_mask, double dropout_p,
+                          bool is_causal, const std::optional<at::Tensor>& key_padding_mask) {
+  return call_self_attention(input, in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias,
+                             num_heads, attn_mask, dropout_p, is_causal, key_padding_mask);
+}
+
+}  // namespace torch_ext

@@ -1,0 +1,60 @@
+// Schemas of the attention operators.
+#include <ATen/core/enum_tag.h>
+#include <torch/library.h>
+
+namespace torch_ext {
+
+TORCH_LIBRARY_FRAGMENT(torch_ext, m) {
+  const std::vector<at::Tag> pure{at::Tag::pt2_compliant_tag};
+  // These draw a seed from torch's generator where dropout_p > 0. What they are made of takes the
+  // seed as an argument, so that a recomputed forward pass drops the same weights.
+  const std::vector<at::Tag> seeded{at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded};
+
+  m.def(
+      "scaled_dot_product_attention(Tensor query, Tensor key, Tensor value, "
+      "Tensor? attn_mask=None, float dropout_p=0.0, bool is_causal=False, *, float? scale=None, "
+      "bool enable_gqa=False) -> Tensor",
+      seeded);
+  m.def(
+      "self_attention(Tensor input, Tensor in_proj_weight, Tensor? in_proj_bias, "
+      "Tensor out_proj_weight, Tensor? out_proj_bias, int num_heads, Tensor? attn_mask=None, "
+      "float dropout_p=0.0, bool is_causal=False, *, Tensor? key_padding_mask=None) -> Tensor",
+      seeded);
+
+  m.def(
+      "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, "
+      "float dropout_p=0.0, bool is_causal=False, *, float? scale=None, bool enable_gqa=False, "
+      "SymInt causal_offset=0, Tensor? key_padding_mask=None, Tensor? dropout_seed=None) "
+      "-> (Tensor out, Tensor logsumexp)",
+      pure);
+  // output_mask: of query, key, value and attn_mask, which gradients are wanted; the others come
+  // back undefined (None). Differentiable with respect to grad_out, grad_logsumexp, query, key,
+  // value and attn_mask; out and logsumexp count as functions of those, not as inputs.
+  m.def(
+      "attention_backward(Tensor grad_out, Tensor? grad_logsumexp, Tensor query, Tensor key, "
+      "Tensor value, Tensor out, Tensor logsumexp, Tensor? attn_mask=None, float dropout_p=0.0, "
+      "bool is_causal=False, *, float? scale=None, bool enable_gqa=False, SymInt causal_offset=0, "
+      "Tensor? key_padding_mask=None, Tensor? dropout_seed=None, "
+      "bool[4] output_mask=[True, True, True, False]) "
+      "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask)",
+      pure);
+  // The weights that a forward pass with this seed keeps, True = keep, as a tensor. sizes:
+  // (batch..., heads, q_len, kv_len).
+  m.def("attention_dropout_mask(Tensor dropout_seed, float dropout_p, SymInt[] sizes) -> Tensor",
+        pure);
+
+  // The middle of self_attention: qkv is (batch, seq, 3 * embed), out (batch, seq, embed).
+  m.def(
+      "packed_attention_forward(Tensor qkv, int num_heads, Tensor? attn_mask=None, "
+      "float dropout_p=0.0, bool is_causal=False, *, Tensor? key_padding_mask=None, "
+      "Tensor? dropout_seed=None) -> (Tensor out, Tensor logsumexp)",
+      pure);
+  m.def(
+      "packed_attention_backward(Tensor grad_out, Tensor? grad_logsumexp, Tensor qkv, "
+      "int num_heads, Tensor out, Tensor logsumexp, Tensor? attn_mask=None, float dropout_p=0.0, "
+      "bool is_causal=False, *, Tensor? key_padding_mask=None, Tensor? dropout_seed=None, "
+      "bool[2] output_mask=[True, False]) -> (Tensor grad_qkv, Tensor grad_mask)",
+      pure);
+}
+
+}  // namespace torch_ext

@@ -1,0 +1,236 @@
+#include "attention_second_order.h"
+
+#include <ATen/ExpandUtils.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/arange.h>
+
+#include <cmath>
+#include <limits>
+
+#include "../../kernels/counter_rng.h"
+#include "attention_checks.h"
+#include "attention_operators.h"
+#include "symbolic_sizes.h"
+
+namespace torch_ext {
+namespace {
+
+using Geometry = AttentionGeometry<c10::SymInt>;
+
+const at::Tensor* defined(const at::Tensor& tensor) { return tensor.defined() ? &tensor : nullptr; }
+
+at::Tensor sum_of(const at::Tensor& a, const at::Tensor& b) {
+  if (!a.defined()) return b;
+  return b.defined() ? a + b : a;
+}
+
+at::Tensor row_sum(const at::Tensor& tensor) { return tensor.sum(-1, /*keepdim=*/true); }
+
+at::Tensor transposed(const at::Tensor& tensor) { return tensor.transpose(-2, -1); }
+
+/// The tensors of one call, broadcast to (batch..., query_heads, length, dim) in the accumulating
+/// type, and back.
+class Expansion {
+ public:
+  Expansion(const SecondOrderInputs& inputs, const Geometry& geometry)
+      : inputs_(inputs), geometry_(geometry), type_(accumulate_type(inputs.query.scalar_type())) {}
+
+  at::Tensor query(const at::Tensor& tensor) const {
+    return tensor.to(type_).expand_symint(geometry_.query_sizes());
+  }
+  at::Tensor key(const at::Tensor& tensor) const { return heads(tensor, geometry_.key_sizes()); }
+  at::Tensor value(const at::Tensor& tensor) const {
+    return heads(tensor, geometry_.value_sizes());
+  }
+  at::Tensor out(const at::Tensor& tensor) const { return tensor.to(type_); }
+
+  /// A mask may have dimensions of 1 in front of all others.
+  at::Tensor mask(const at::Tensor& tensor) const {
+    return tensor.to(type_).reshape_symint(mask_sizes());
+  }
+
+  at::Tensor reduce_query(const at::Tensor& grad) const {
+    return at::sum_to(grad, inputs_.query.sym_sizes()).to(inputs_.query.scalar_type());
+  }
+  at::Tensor reduce_key(const at::Tensor& grad) const { return reduce_heads(grad, inputs_.key); }
+  at::Tensor reduce_value(const at::Tensor& grad) const {
+    return reduce_heads(grad, inputs_.value);
+  }
+  at::Tensor reduce_mask(const at::Tensor& grad) const {
+    return at::sum_to(grad, mask_sizes())
+        .reshape_symint(inputs_.attn_mask.sym_sizes())
+        .to(inputs_.attn_mask.scalar_type());
+  }
+
+ private:
+  bool grouped() const { return geometry_.rank >= 3 && !equal_heads(); }
+  bool equal_heads() const {
+    return is_zero(geometry_.kv_heads) ||
+           TORCH_GUARD_OR_FALSE(geometry_.kv_heads.sym_eq(geometry_.query_heads));
+  }
+
+  at::Tensor heads(const at::Tensor& tensor, const Geometry::Sizes& sizes) const {
+    const at::Tensor expanded = tensor.to(type_).expand_symint(sizes);
+    if (!grouped()) return expanded;
+    // (..., kv_heads, group, length, dim)
+    Geometry::Sizes grouped_sizes = sizes;
+    grouped_sizes.insert(grouped_sizes.end() - 2, geometry_.query_heads / geometry_.kv_heads);
+    return expanded.unsqueeze(-3).expand_symint(grouped_sizes).flatten(-4, -3);
+  }
+
+  at::Tensor reduce_heads(const at::Tensor& grad, const at::Tensor& input) const {
+    at::Tensor sum = grad;
+    if (grouped()) {
+      const std::array<c10::SymInt, 2> sizes{geometry_.kv_heads,
+                                             geometry_.query_heads / geometry_.kv_heads};
+      sum = grad.unflatten_symint(-3, sizes).sum(-3);
+    }
+    return at::sum_to(sum, input.sym_sizes()).to(input.scalar_type());
+  }
+
+  c10::SymIntArrayRef mask_sizes() const {
+    const auto sizes = inputs_.attn_mask.sym_sizes();
+    const auto rank = static_cast<std::size_t>(geometry_.rank);
+    return sizes.size() > rank ? sizes.slice(sizes.size() - rank) : sizes;
+  }
+
+  const SecondOrderInputs& inputs_;
+  const Geometry& geometry_;
+  at::ScalarType type_;
+};
+
+/// Pairs that do not take part, broadcastable to the scores; undefined: all do.
+at::Tensor excluded_pairs(const SecondOrderInputs& inputs, const Geometry& geometry) {
+  at::Tensor excluded;
+  const auto exclude = [&excluded](const at::Tensor& pairs) {
+    excluded = excluded.defined() ? excluded.logical_or(pairs) : pairs;
+  };
+  if (inputs.attn_mask.defined() && inputs.attn_mask.scalar_type() == at::kBool) {
+    exclude(inputs.attn_mask.logical_not());
+  }
+  if (inputs.key_padding_mask.defined()) {
+    const at::Tensor padding = inputs.key_padding_mask.unsqueeze(-2);  // (batch..., 1, kv_len)
+    exclude(geometry.rank >= 3 ? padding.unsqueeze(-3) : padding);
+  }
+  if (inputs.options.is_causal) {
+    const auto options = inputs.query.options().dtype(at::kLong);
+    const at::Tensor rows = at::arange(at::Scalar(geometry.q_len), options).unsqueeze(1);
+    const at::Tensor cols = at::arange(at::Scalar(geometry.kv_len), options);
+    exclude(cols.gt(rows.add(at::Scalar(inputs.options.causal_offset))));
+  }
+  return excluded;
+}
+
+double attention_scale(std::optional<double> scale, const c10::SymInt& head_dim) {
+  if (scale.has_value()) return *scale;
+  const std::int64_t dim = head_dim.guard_int(__FILE__, __LINE__);
+  return dim == 0 ? 1.0 : 1.0 / std::sqrt(static_cast<double>(dim));
+}
+
+/// softmax over keys; rows that attend to nothing are 0.
+at::Tensor attention_weights(const at::Tensor& scores, const at::Tensor& excluded) {
+  constexpr double kMinusInfinity = -std::numeric_limits<double>::infinity();
+  const at::Tensor masked =
+      excluded.defined() ? scores.masked_fill(excluded, kMinusInfinity) : scores;
+  const at::Tensor empty = masked.eq(kMinusInfinity).all(-1, /*keepdim=*/true);
+  return masked.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0);
+}
+
+}  // namespace
+
+// With S = scale Q K^T + M, P = softmax(S), D the dropout factor, G and l the gradients of out and
+// logsumexp, the backward pass computes
+//   A = G V^T,  B = A D,  delta = rowsum(P B) - l,  T = P (B - delta),
+//   dQ = scale T K,  dK = scale T^T Q,  dV = (P D)^T G,  dM = T.
+// Below, bar_X is the gradient of X, from bar_dQ, bar_dK, bar_dV and bar_dM. Products without a
+// transpose among (q_len, kv_len) matrices are elementwise.
+std::vector<at::Tensor> attention_second_order(const SecondOrderInputs& inputs,
+                                               const SecondOrderGradients& gradients,
+                                               const std::array<bool, 6>& needs_grad) {
+  const AttentionOptions& options = inputs.options;
+  const AttentionArguments arguments{.query = inputs.query,
+                                     .key = inputs.key,
+                                     .value = inputs.value,
+                                     .attn_mask = defined(inputs.attn_mask),
+                                     .dropout_p = options.dropout_p,
+                                     .is_causal = options.is_causal,
+                                     .scale = options.scale,
+                                     .enable_gqa = options.enable_gqa,
+                                     .key_padding_mask = defined(inputs.key_padding_mask),
+                                     .dropout_seed = defined(inputs.dropout_seed)};
+  const Geometry geometry =
+      check_attention<c10::SymInt>("attention_backward", arguments, SeedArgument::kRequired);
+  const Expansion expand(inputs, geometry);
+  const at::Tensor query = expand.query(inputs.query);
+  const at::Tensor key = expand.key(inputs.key);
+  const at::Tensor value = expand.value(inputs.value);
+  const at::Tensor grad_out = expand.out(inputs.grad_out);
+  const double scale = attention_scale(options.scale, geometry.head_dim);
+
+  at::Tensor scores = query.matmul(transposed(key)) * scale;
+  const bool additive = inputs.attn_mask.defined() && inputs.attn_mask.is_floating_point();
+  if (additive) scores = scores + expand.mask(inputs.attn_mask);
+  const at::Tensor weights = attention_weights(scores, excluded_pairs(inputs, geometry));  // P
+
+  at::Tensor keep;  // D
+  if (options.dropout_p > 0.0) {
+    keep =
+        call_attention_dropout_mask(inputs.dropout_seed, options.dropout_p, geometry.score_sizes())
+            .to(weights.scalar_type()) *
+        dropout_scale(dropout_threshold(options.dropout_p));
+  }
+  const auto dropped = [&keep](const at::Tensor& x) {
+    return keep.defined() && x.defined() ? x * keep : x;
+  };
+  const at::Tensor grad_weights = dropped(grad_out.matmul(transposed(value)));  // B
+  at::Tensor delta = row_sum(weights * grad_weights);
+  if (inputs.grad_logsumexp.defined()) delta = delta - inputs.grad_logsumexp.unsqueeze(-1);
+  const at::Tensor centred = grad_weights - delta;
+  const at::Tensor grad_scores = weights * centred;  // T
+
+  at::Tensor bar_query, bar_key, bar_value, bar_grad_out, bar_grad_logsumexp;
+  at::Tensor bar_grad_scores, bar_weights, bar_grad_weights;
+  if (gradients.query.defined()) {  // dQ = scale T K
+    const at::Tensor bar = expand.query(gradients.query) * scale;
+    bar_grad_scores = bar.matmul(transposed(key));
+    bar_key = transposed(grad_scores).matmul(bar);
+  }
+  if (gradients.key.defined()) {  // dK = scale T^T Q
+    const at::Tensor bar = expand.key(gradients.key) * scale;
+    bar_grad_scores = sum_of(bar_grad_scores, query.matmul(transposed(bar)));
+    bar_query = grad_scores.matmul(bar);
+  }
+  if (gradients.attn_mask.defined()) {  // dM = T
+    bar_grad_scores = sum_of(bar_grad_scores, expand.mask(gradients.attn_mask));
+  }
+  if (gradients.value.defined()) {  // dV = (P D)^T G
+    const at::Tensor bar = expand.value(gradients.value);
+    bar_weights = dropped(grad_out.matmul(transposed(bar)));
+    bar_grad_out = dropped(weights).matmul(bar);
+  }
+  if (bar_grad_scores.defined()) {  // T = P (B - delta), delta = rowsum(P B) - l
+    const at::Tensor weighted = weights * bar_grad_scores;
+    const at::Tensor minus_bar_delta = row_sum(weighted);
+    bar_grad_weights = weighted - weights * minus_bar_delta;
+    bar_weights = sum_of(bar_weights, bar_grad_scores * centred - grad_weights * minus_bar_delta);
+    bar_grad_logsumexp = minus_bar_delta.squeeze(-1);
+    const at::Tensor bar_product = dropped(bar_grad_weights);  // of A = G V^T
+    bar_grad_out = sum_of(bar_grad_out, bar_product.matmul(value));
+    bar_value = transposed(bar_product).matmul(grad_out);
+  }
+  // P = softmax(S). Something is defined: not all gradients were zero.
+  const at::Tensor bar_scores = weights * (bar_weights - row_sum(weights * bar_weights));
+  bar_query = sum_of(bar_query, bar_scores.matmul(key) * scale);
+  bar_key = sum_of(bar_key, transposed(bar_scores).matmul(query) * scale);
+
+  std::vector<at::Tensor> result(6);
+  if (needs_grad[0]) result[0] = bar_grad_out.to(inputs.grad_out.scalar_type());
+  if (needs_grad[1]) result[1] = bar_grad_logsumexp;
+  if (needs_grad[2]) result[2] = expand.reduce_query(bar_query);
+  if (needs_grad[3]) result[3] = expand.reduce_key(bar_key);
+  if (needs_grad[4] && bar_value.defined()) result[4] = expand.reduce_value(bar_value);
+  if (needs_grad[5] && additive) result[5] = expand.reduce_mask(bar_scores.expand_as(scores));
+  return result;
+}
+
+}  // namespace torch_ext

@@ -1,0 +1,75 @@
+#include "functorch_node.h"
+
+#include <ATen/FuncTorchTLS.h>
+#include <ATen/functorch/DynamicLayer.h>
+#include <torch/csrc/autograd/functions/utils.h>
+
+#include <memory>
+#include <type_traits>
+
+namespace torch_ext {
+namespace {
+
+using torch::autograd::Node;
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+
+class FormulaNode final : public Node {
+ public:
+  FormulaNode(const char* name, const variable_list& saved, BackwardFormula formula)
+      : name_(name), formula_(std::move(formula)) {
+    saved_.reserve(saved.size());
+    for (const at::Tensor& tensor : saved) saved_.emplace_back(tensor, /*is_output=*/false);
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    variable_list saved;
+    saved.reserve(saved_.size());
+    for (const SavedVariable& variable : saved_) saved.push_back(variable.unpack());
+    std::vector<bool> needs_input_grad(num_outputs());
+    for (std::size_t input = 0; input < needs_input_grad.size(); ++input) {
+      needs_input_grad[input] = task_should_compute_output(input);
+    }
+    return formula_(saved, grads, needs_input_grad);
+  }
+
+  void release_variables() override {
+    for (SavedVariable& variable : saved_) variable.reset_data();
+  }
+
+  std::string name() const override { return name_; }
+
+ private:
+  const char* name_;
+  std::vector<SavedVariable> saved_;
+  BackwardFormula formula_;
+};
+
+/// What an Edge holds: an intrusive pointer, or a std::shared_ptr in older releases of torch, which
+/// then needs torch's own deleter.
+template <typename Pointer, typename NodeType, typename... Arguments>
+Pointer make_node(Arguments&&... arguments) {
+  auto* node = new NodeType(std::forward<Arguments>(arguments)...);
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<Node>>) {
+    return Pointer(node, [](auto* pointer) { deleteNode(pointer); });
+  } else {
+    return Pointer::reclaim(node);
+  }
+}
+
+}  // namespace
+
+bool in_functorch_transform() {
+  return at::functorch::functorchTLSAccessor() != nullptr &&
+         at::functorch::maybeCurrentDynamicLayer().has_value();
+}
+
+void record_node(const char* name, const variable_list& outputs, const variable_list& inputs,
+                 const variable_list& saved, BackwardFormula formula) {
+  using Pointer = decltype(torch::autograd::Edge::function);
+  const Pointer node = make_node<Pointer, FormulaNode>(name, saved, std::move(formula));
+  node->set_next_edges(torch::autograd::collect_next_edges(inputs));
+  torch::autograd::set_history(outputs, node);
+}
+
+}  // namespace torch_ext

@@ -1,0 +1,23 @@
+// When a composite operator may call a CPU kernel itself, past the dispatcher: the way of tiny
+// inference calls.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <initializer_list>
+
+namespace torch_ext {
+
+/// Whether all tensors are dense CPU tensors and nothing stands between this call and the CPU
+/// kernel but autograd, which has nothing to record: no transform, mode, tracer, subclass or
+/// tangent. Null and undefined tensors do not count. Autocast is not looked at: it comes before
+/// composites.
+bool is_plain_cpu_inference(std::initializer_list<const at::Tensor*> tensors);
+
+/// Whether autograd would record an operation on these.
+bool needs_gradient(std::initializer_list<const at::Tensor*> tensors);
+
+/// A seed from torch's default generator of `like`'s device: int64, one element.
+at::Tensor draw_dropout_seed(const at::Tensor& like);
+
+}  // namespace torch_ext

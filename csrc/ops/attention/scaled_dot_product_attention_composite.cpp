@@ -1,0 +1,89 @@
+// torch_ext::scaled_dot_product_attention: torch's signature over attention_forward().
+#include <torch/library.h>
+
+#include <numeric>
+
+#include "attention_checks.h"
+#include "attention_cpu.h"
+#include "attention_operators.h"
+#include "plain_dispatch.h"
+#include "symbolic_sizes.h"
+
+namespace torch_ext {
+namespace {
+
+constexpr const char* kOp = "scaled_dot_product_attention";
+
+/// torch lets key and value have different numbers of heads with enable_gqa. The kernels know one
+/// number: the rare case repeats both to the least common multiple.
+bool has_unequal_groups(const at::Tensor& key, const at::Tensor& value) {
+  if (key.dim() < 3 || value.dim() < 3) return false;
+  const c10::SymInt key_heads = key.sym_size(-3);
+  const c10::SymInt value_heads = value.sym_size(-3);
+  return !is_one(key_heads) && !is_one(value_heads) && !is_zero(key_heads) &&
+         !is_zero(value_heads) && key_heads != value_heads;
+}
+
+at::Tensor attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                     const OptionalTensor& attn_mask, double dropout_p, bool is_causal,
+                     std::optional<double> scale, bool enable_gqa) {
+  const AttentionArguments arguments{.query = query,
+                                     .key = key,
+                                     .value = value,
+                                     .attn_mask = given(attn_mask),
+                                     .dropout_p = dropout_p,
+                                     .is_causal = is_causal,
+                                     .scale = scale,
+                                     .enable_gqa = enable_gqa};
+  if (is_plain_cpu_inference({&query, &key, &value, arguments.attn_mask})) {
+    const auto geometry = check_attention<std::int64_t>(kOp, arguments, SeedArgument::kDrawnLater);
+    at::Tensor seed;
+    AttentionArguments seeded = arguments;
+    if (dropout_p > 0.0) {
+      seed = draw_dropout_seed(query);
+      seeded.dropout_seed = &seed;
+    }
+    at::Tensor out = attention_out_cpu(seeded, geometry);
+    run_attention_forward_cpu(seeded, /*causal_offset=*/0, geometry, out, /*logsumexp=*/nullptr);
+    return out;
+  }
+  check_attention<c10::SymInt>(kOp, arguments, SeedArgument::kDrawnLater);
+  OptionalTensor seed;
+  if (dropout_p > 0.0) seed = draw_dropout_seed(query);
+  return std::get<0>(call_attention_forward(query, key, value, attn_mask, dropout_p, is_causal,
+                                            scale, enable_gqa, /*causal_offset=*/0,
+                                            /*key_padding_mask=*/std::nullopt, seed));
+}
+
+at::Tensor scaled_dot_product_attention(const at::Tensor& query, const at::Tensor& key,
+                                        const at::Tensor& value, const OptionalTensor& attn_mask,
+                                        double dropout_p, bool is_causal,
+                                        std::optional<double> scale, bool enable_gqa) {
+  if (enable_gqa && has_unequal_groups(key, value)) {
+    const std::int64_t key_heads = key.size(-3);
+    const std::int64_t value_heads = value.size(-3);
+    const std::int64_t heads = std::lcm(key_heads, value_heads);
+    return attention(query, key.repeat_interleave(heads / key_heads, -3),
+                     value.repeat_interleave(heads / value_heads, -3), attn_mask, dropout_p,
+                     is_causal, scale, enable_gqa);
+  }
+  return attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(torch_ext, CompositeImplicitAutograd, m) {
+  m.impl(kOp, TORCH_FN(scaled_dot_product_attention));
+}
+
+// Nested tensors have a composite key of their own; the checks name them as unsupported.
+TORCH_LIBRARY_IMPL(torch_ext, CompositeImplicitAutogradNestedTensor, m) {
+  m.impl(kOp, TORCH_FN(scaled_dot_product_attention));
+}
+
+// vmap takes the composite apart, instead of calling it once for each sample.
+TORCH_LIBRARY_IMPL(torch_ext, FuncTorchBatched, m) {
+  m.impl(kOp, TORCH_FN(scaled_dot_product_attention));
+}
+
+}  // namespace torch_ext

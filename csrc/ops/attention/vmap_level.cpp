@@ -1,0 +1,73 @@
+#include "vmap_level.h"
+
+#include <ATen/functorch/PlumbingHelper.h>
+#include <c10/core/SymbolicShapeMeta.h>
+
+namespace torch_ext {
+
+VmapLevel::VmapLevel(const char* op)
+    : guard_(c10::DispatchKey::FuncTorchBatched),
+      layer_(at::functorch::maybeCurrentDynamicLayer()) {
+  TORCH_CHECK(layer_.has_value(), "torch_ext::", op,
+              ": takes no tensor that has left its torch.vmap");
+  level_ = layer_->layerId();
+}
+
+bool VmapLevel::is_mapped(const at::Tensor& tensor) const {
+  return tensor.defined() && at::functorch::isBatchedAtLevel(tensor, level_);
+}
+
+at::Tensor VmapLevel::unwrap(const at::Tensor& tensor) const {
+  if (!tensor.defined()) return tensor;
+  const auto [value, mapped_dim] = at::functorch::unwrapTensorAtLevel(tensor, level_);
+  return mapped_dim.has_value() ? value.movedim(*mapped_dim, 0) : value;
+}
+
+at::Tensor VmapLevel::fold(const at::Tensor& tensor, std::int64_t dims) const {
+  at::Tensor folded = unwrap(tensor);
+  if (!is_mapped(tensor)) return folded;
+  while (folded.dim() <= dims) folded = folded.unsqueeze(1);
+  // Masks may have dimensions of 1 in front of all others.
+  while (folded.dim() > dims + 1) folded = folded.squeeze(1);
+  return folded;
+}
+
+at::Tensor VmapLevel::fold_expanded(const at::Tensor& tensor, std::int64_t dims) const {
+  if (is_mapped(tensor)) return fold(tensor, dims);
+  at::Tensor folded = unwrap(tensor);
+  while (folded.dim() < dims) folded = folded.unsqueeze(0);
+  while (folded.dim() > dims) folded = folded.squeeze(0);
+  c10::SymDimVector sizes(folded.sym_sizes().begin(), folded.sym_sizes().end());
+  sizes.insert(sizes.begin(), batch_size());
+  return folded.expand_symint(sizes);
+}
+
+at::Tensor VmapLevel::sample(const at::Tensor& tensor, std::int64_t index) const {
+  const at::Tensor unwrapped = unwrap(tensor);
+  return is_mapped(tensor) ? unwrapped.select(0, index) : unwrapped;
+}
+
+OptionalTensor VmapLevel::fold(const OptionalTensor& tensor, std::int64_t dims) const {
+  return given(tensor) == nullptr ? std::nullopt : OptionalTensor(fold(*tensor, dims));
+}
+
+OptionalTensor VmapLevel::fold_expanded(const OptionalTensor& tensor, std::int64_t dims) const {
+  return given(tensor) == nullptr ? std::nullopt : OptionalTensor(fold_expanded(*tensor, dims));
+}
+
+OptionalTensor VmapLevel::sample(const OptionalTensor& tensor, std::int64_t index) const {
+  return given(tensor) == nullptr ? std::nullopt : OptionalTensor(sample(*tensor, index));
+}
+
+at::Tensor VmapLevel::wrap(const at::Tensor& folded) const {
+  return folded.defined() ? at::functorch::makeBatched(folded, 0, level_) : folded;
+}
+
+at::Tensor VmapLevel::wrap(const at::Tensor& folded, c10::SymIntArrayRef sizes) const {
+  if (!folded.defined()) return folded;
+  c10::SymDimVector all(sizes.begin(), sizes.end());
+  all.insert(all.begin(), folded.sym_size(0));
+  return wrap(folded.reshape_symint(all));
+}
+
+}  // namespace torch_ext

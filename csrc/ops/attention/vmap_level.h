@@ -1,0 +1,50 @@
+// What a batching rule does with its arguments: fold the mapped dimension into the batch, or take
+// the samples one by one.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/functorch/DynamicLayer.h>
+#include <c10/core/SymInt.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include <cstdint>
+#include <optional>
+
+#include "attention_arguments.h"
+
+namespace torch_ext {
+
+/// The innermost vmap. While this lives, operators see the tensors below it.
+class VmapLevel {
+ public:
+  explicit VmapLevel(const char* op);
+
+  c10::SymInt batch_size() const { return layer_->batchSize(); }
+  bool is_mapped(const at::Tensor& tensor) const;
+
+  /// (mapped, 1..., sample...) with `dims` dimensions behind the mapped one. A tensor that is not
+  /// mapped broadcasts as it is.
+  at::Tensor fold(const at::Tensor& tensor, std::int64_t dims) const;
+  OptionalTensor fold(const OptionalTensor& tensor, std::int64_t dims) const;
+
+  /// As fold(), but a tensor that is not mapped is expanded to the mapped size.
+  at::Tensor fold_expanded(const at::Tensor& tensor, std::int64_t dims) const;
+  OptionalTensor fold_expanded(const OptionalTensor& tensor, std::int64_t dims) const;
+
+  /// Below this level: sample `index` where the tensor is mapped, else the tensor.
+  at::Tensor sample(const at::Tensor& tensor, std::int64_t index) const;
+  OptionalTensor sample(const OptionalTensor& tensor, std::int64_t index) const;
+
+  /// From (mapped, ...) to what the caller of vmap sees: samples shaped `sizes`.
+  at::Tensor wrap(const at::Tensor& folded, c10::SymIntArrayRef sizes) const;
+  at::Tensor wrap(const at::Tensor& folded) const;
+
+ private:
+  at::Tensor unwrap(const at::Tensor& tensor) const;
+
+  c10::impl::ExcludeDispatchKeyGuard guard_;
+  std::optional<at::functorch::DynamicLayer> layer_;
+  std::int64_t level_ = 0;
+};
+
+}  // namespace torch_ext
