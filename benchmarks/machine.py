@@ -31,7 +31,7 @@ class Peaks:
     read_gbytes: float
 
     def gflops(self, dtype: str) -> float:
-        """The ceiling of a workload: bf16 dot products where in use, fp32 multiply-adds otherwise."""
+        """The ceiling of a dtype: bf16 dot products where in use, fp32 multiply-adds otherwise."""
         if dtype == "bfloat16" and self.bf16_gflops > 0:
             return self.bf16_gflops
         return self.fma_gflops

@@ -1,4 +1,4 @@
-"""One line a workload: times, ratios and fractions of peak; as text, CSV, JSON, Markdown, picture."""
+"""One line a workload: times, ratios and fractions of peak; text, CSV, JSON, picture."""
 
 from __future__ import annotations
 

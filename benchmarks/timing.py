@@ -70,7 +70,7 @@ def _sample(call: Callable[[], object], repeats: int, device: torch.device) -> f
 def measure(
     candidates: Mapping[str, Callable[[], object]],
     plan: Plan,
-    device: torch.device = torch.device("cpu"),
+    device: torch.device,
 ) -> dict[str, Measurement]:
     """Times the candidates A B C, A B C, ... in rounds.
 

@@ -2,7 +2,7 @@
 """Writes the tables of README.md and docs/ from benchmarks/results, so that nobody types figures.
 
     python benchmarks/update_docs.py            rewrite the marked blocks
-    python benchmarks/update_docs.py --check    exit 1 where a block does not say what the results do
+    python benchmarks/update_docs.py --check    exit 1 where a block is not what the results say
 
 A block is what stands between <!-- BEGIN benchmarks:NAME --> and <!-- END benchmarks:NAME -->. Of
 each device and instruction set the newest result file counts; README.md shows the newest of all.

@@ -20,7 +20,7 @@ class Workload:
         group: "target" (has a ratio to reach), "sweep" (must not be slower than torch), "extra".
         dtype: "float32", "bfloat16", "float16".
         measured: "forward" (under no_grad) or "forward_backward".
-        mask: "additive" (1, heads, q_len, kv_len), "additive_learned" (the same, with its gradient),
+        mask: "additive" (1, heads, q_len, kv_len), "additive_learned" (with its gradient too),
             "half_padding" (batch, 1, 1, kv_len) boolean, the second half of the keys ignored,
             "sliding_window" (1, 1, q_len, kv_len) boolean, causal, ``window`` keys a query.
         heads_last: query, key and value are (batch, seq, heads, dim) in memory, as a projection

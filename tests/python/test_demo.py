@@ -1,4 +1,4 @@
-"""python -m torch_ext.demo: both runs, the figures, the options, what it says when it cannot run."""
+"""python -m torch_ext.demo: both runs, the figures, the options, and the errors."""
 
 from __future__ import annotations
 

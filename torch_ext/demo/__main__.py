@@ -54,7 +54,7 @@ def _run(request: Request, corpus: Corpus) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the demo; returns 0 when every pair of loss curves agrees, 1 when not, 2 on bad input."""
+    """Runs the demo; returns 0 when all loss curves agree, 1 when not, 2 on bad input."""
     request = parse(argv)
     try:
         return _run(request, _check(request))

@@ -58,9 +58,7 @@ def _standard_library() -> tuple[str, bytes]:
         if total >= _MAX_BYTES:
             break
     if total == 0:
-        raise CorpusError(
-            f"{root} holds no Python source (a stripped-down Python?): give any text with --text FILE"
-        )
+        raise CorpusError(f"{root} holds no Python source: give any text with --text FILE")
     return f"{len(parts)} files of the Python standard library", b"\n".join(parts)
 
 
@@ -84,8 +82,8 @@ def load_corpus(text: str | None, seq_len: int) -> Corpus:
     needed = 4 * held_out
     if len(tokens) < needed:
         raise CorpusError(
-            f"{name} has {len(tokens)} tokens, too few for sequences of {seq_len} (needs {needed}): "
-            "give a longer text or a smaller --seq-len"
+            f"{name} has {len(tokens)} tokens, too few for sequences of {seq_len} (needs "
+            f"{needed}): give a longer text or a smaller --seq-len"
         )
     middle = len(tokens) // 2
     return Corpus(
@@ -99,7 +97,7 @@ def load_corpus(text: str | None, seq_len: int) -> Corpus:
 def draw_batch(
     tokens: Tensor, batch_size: int, seq_len: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Random pieces of the text: inputs and the tokens that follow them, ``(batch_size, seq_len)``."""
+    """Random pieces of the text: tokens and their successors, each ``(batch_size, seq_len)``."""
     first = torch.randint(len(tokens) - seq_len, (batch_size, 1), generator=generator)
     pieces = tokens[first + torch.arange(seq_len + 1)]
     return pieces[:, :-1].contiguous(), pieces[:, 1:].contiguous()

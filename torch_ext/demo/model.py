@@ -12,10 +12,13 @@ from torch import Tensor, nn
 class RotaryPositions(nn.Module):
     """Rotary position embedding of ``(batch, heads, seq, head_dim)`` queries and keys."""
 
+    cos: Tensor  # (seq, head_dim / 2)
+    sin: Tensor
+
     def __init__(self, head_dim: int, max_len: int) -> None:
         super().__init__()
         frequency = 1e4 ** (-torch.arange(0, head_dim, 2) / head_dim)
-        angle = torch.outer(torch.arange(max_len), frequency)  # (seq, head_dim / 2)
+        angle = torch.outer(torch.arange(max_len), frequency)
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
@@ -116,7 +119,7 @@ class GPT(nn.Module):
 def generate(
     model: GPT, prompt: Tensor, length: int, generator: torch.Generator, temperature: float = 0.7
 ) -> Tensor:
-    """Continues ``prompt`` ``(seq,)`` by ``length`` sampled tokens; returns all of it on the CPU."""
+    """Continues ``prompt`` ``(seq,)`` by ``length`` sampled tokens; the result is on the CPU."""
     device = model.token_embedding.weight.device
     tokens = prompt.clone()
     was_training = model.training

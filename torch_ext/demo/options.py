@@ -73,8 +73,8 @@ def build_parser() -> argparse.ArgumentParser:
     default = Options()
     parser = argparse.ArgumentParser(
         prog="python -m torch_ext.demo",
-        description="Train a small GPT on the Python standard library's own source, first with stock "
-        "PyTorch, then with torch_ext, and compare losses, speed and memory.",
+        description="Train a small GPT on the Python standard library's own source, first with "
+        "stock PyTorch, then with torch_ext, and compare losses, speed and memory.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     model = parser.add_argument_group("model")
@@ -144,7 +144,7 @@ class Request:
 
 
 def parse(argv: Sequence[str] | None = None) -> Request:
-    """Parses and cross-checks a command line; exits with status 2 and a message when it is wrong."""
+    """Parses and cross-checks a command line; exits with status 2 and a message if wrong."""
     parser = build_parser()
     arguments = vars(parser.parse_args(argv))
     plot, json = arguments.pop("plot"), arguments.pop("json")
@@ -155,7 +155,7 @@ def parse(argv: Sequence[str] | None = None) -> Request:
         )
     if options.embed_dim // options.heads % 2 != 0:
         parser.error(
-            "--embed-dim divided by --heads takes an even number (rotary positions turn pairs), got "
+            "--embed-dim divided by --heads takes an even number, for rotary positions; got "
             f"{options.embed_dim // options.heads}"
         )
     return Request(options=options, plot=plot, json=json)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .report import Outcome
 
@@ -41,7 +42,10 @@ def draw(outcomes: Sequence[Outcome], path: str) -> None:
         runs = (outcome.baseline, outcome.candidate)
         titles = [variant.title for variant in outcome.comparison.variants]
         steps = range(1, len(outcome.baseline.losses) + 1)
-        styles = ({"linewidth": 3.0, "alpha": 0.45}, {"linewidth": 1.2, "color": "black"})
+        styles: tuple[dict[str, Any], dict[str, Any]] = (
+            {"linewidth": 3.0, "alpha": 0.45},
+            {"linewidth": 1.2, "color": "black"},
+        )
         for run, title, style in zip(runs, titles, styles, strict=True):
             loss_axes.plot(steps, run.losses, label=title, **style)
         loss_axes.set_title(f"Loss (largest difference {outcome.largest_difference:.1e})")

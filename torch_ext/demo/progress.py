@@ -10,7 +10,7 @@ from types import TracebackType
 class Progress:
     """Counts the steps of one run.
 
-    In a log or a pipe, where a bar would leave a line for every redraw, ten lines are written in all.
+    In a log or a pipe, where a bar would leave a line for every redraw, ten lines in all.
     """
 
     def __init__(self, title: str, steps: int) -> None:
@@ -20,7 +20,7 @@ class Progress:
         self._started = time.perf_counter()
         self._bar = None
         if sys.stderr.isatty():
-            from tqdm import tqdm
+            from tqdm import tqdm  # type: ignore[import-untyped]
 
             self._bar = tqdm(total=steps, desc=f"{title:<14}", unit="step", dynamic_ncols=True)
 
@@ -34,7 +34,8 @@ class Progress:
         if tenth != (self._done - 1) * 10 // self._steps:
             elapsed = time.perf_counter() - self._started
             print(
-                f"{self._title:<14} {self._done:>5}/{self._steps} steps  loss {loss:.4f}  {elapsed:.0f} s",
+                f"{self._title:<14} {self._done:>5}/{self._steps} steps  loss {loss:.4f}"
+                f"  {elapsed:.0f} s",
                 file=sys.stderr,
                 flush=True,
             )

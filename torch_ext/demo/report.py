@@ -76,8 +76,8 @@ def format_setup(options: Options, corpus: Corpus, build: str) -> str:
     return (
         f"A GPT of {options.layers} layers, {options.heads} heads, width {options.embed_dim} "
         f"({parameters / 1e6:.1f} M parameters) learns {corpus.name}:\n"
-        f"{options.steps} steps of {options.batch_size} x {options.seq_len} tokens, {options.dtype}, "
-        f"{where}, {', '.join(extras)}; {build}"
+        f"{options.steps} steps of {options.batch_size} x {options.seq_len} tokens, "
+        f"{options.dtype}, {where}, {', '.join(extras)}; {build}"
     )
 
 

@@ -49,7 +49,7 @@ class RunResult:
 
     @property
     def median_step_seconds(self) -> float:
-        """Without the first five steps (half of a shorter run): they allocate, warm up or compile."""
+        """Without the first five steps (half of a shorter run), which warm up or compile."""
         settled = self.step_seconds[min(5, len(self.step_seconds) // 2) :]
         return statistics.median(settled)
 

@@ -28,7 +28,7 @@ class RunFailed(Exception):
 
 
 def run_in_subprocess(variant: Variant, options: Options) -> RunResult:
-    """Trains in a child process that shares the terminal; raises RunFailed when it does not finish."""
+    """Trains in a child process that shares the terminal; raises RunFailed if it fails."""
     environment = dict(os.environ)
     search_path = [str(_PACKAGE_PARENT), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(part for part in search_path if part)
