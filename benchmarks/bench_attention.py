@@ -12,16 +12,17 @@ See benchmarks/README.md for how it measures.
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import accuracy
+import accuracy_report
 import machine
 import report
 import timing
 import torch
+from accuracy import measure_errors
+from environment import Peaks
 from peers import PEERS, Unsupported, call_of, make_inputs
 from workloads import Workload, select
 
@@ -35,7 +36,7 @@ def measure(
     others: Sequence[str],
     plan: timing.Plan,
     device: torch.device,
-    peaks: machine.Peaks | None,
+    peaks: Peaks | None,
 ) -> report.Row:
     """Times torch, torch_ext and the other peers in turn."""
     inputs = make_inputs(workload, device)
@@ -84,20 +85,15 @@ def run_accuracy(
     print(environment.title)
     measured = []
     for workload in workloads:
-        errors = accuracy.measure_errors(workload, device)
-        print(accuracy.format_errors(errors), flush=True)
+        errors = measure_errors(workload, device)
+        print(accuracy_report.format_errors(errors), flush=True)
         measured.append(errors)
     if arguments.save:
         choose_result_files(arguments, f"accuracy_{environment.file_stem}")
     if arguments.csv:
-        with arguments.csv.open("w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(("workload", "tensor", "torch_error", "torch_ext_error"))
-            for errors in measured:
-                for name, *values in zip(errors.names, errors.torch, errors.torch_ext, strict=True):
-                    writer.writerow((errors.workload, name, *(f"{value:.3e}" for value in values)))
+        accuracy_report.write_csv(measured, arguments.csv)
     if arguments.json:
-        accuracy.write_json(environment, measured, arguments.json)
+        accuracy_report.write_json(environment, measured, arguments.json)
     say_written(arguments)
 
 

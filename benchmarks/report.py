@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from machine import Environment
+from environment import Environment
 
 MILLI = 1e3
 

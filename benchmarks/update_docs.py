@@ -16,9 +16,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import accuracy
+import accuracy_report
 import report
-from machine import Environment
+from environment import Environment
 from report import Row, time_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,7 +110,7 @@ def full_block(measured: Measured) -> str:
     return "\n\n".join(parts)
 
 
-def accuracy_block(measured: list[tuple[Environment, list[accuracy.Errors]]]) -> str:
+def accuracy_block(measured: list[tuple[Environment, list[accuracy_report.Errors]]]) -> str:
     """docs/numerics.md: errors against float64, the larger of the two in bold."""
     if not measured:
         return _NOTHING_YET
@@ -129,7 +129,9 @@ def accuracy_block(measured: list[tuple[Environment, list[accuracy.Errors]]]) ->
 def blocks(results: Path) -> dict[str, str]:
     """The contents of all blocks, by name."""
     measured = [report.read_json(path) for path in newest_of_each_device(results, "attention")]
-    errors = [accuracy.read_json(path) for path in newest_of_each_device(results, "accuracy")]
+    errors = [
+        accuracy_report.read_json(path) for path in newest_of_each_device(results, "accuracy")
+    ]
     return {
         "attention-summary": summary_block(measured),
         "attention-full": full_block(measured),
