@@ -8,6 +8,8 @@ what changes is one entry in the class's dictionary, and only while the drop-in 
 
 from __future__ import annotations
 
+import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +21,6 @@ from torch_ext.torch_backends import kernels_exist_for, torch_backend_chosen
 __all__ = ["install", "is_installed", "remove"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-_stock_forward: Callable[..., tuple[Tensor, Tensor | None]] | None = None
 
 
 def _is_plain(tensor: Any) -> bool:
@@ -184,38 +184,48 @@ def _self_attention(
     return out if batched else out.squeeze(0)
 
 
-def _forward(
-    self: nn.MultiheadAttention,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_padding_mask: Tensor | None = None,
-    need_weights: bool = True,
-    attn_mask: Tensor | None = None,
-    average_attn_weights: bool = True,
-    is_causal: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    if is_installed() and _takes(
-        self, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal
-    ):
-        return _self_attention(self, query, key_padding_mask, attn_mask, is_causal), None
-    return _stock_forward(  # type: ignore[misc]
-        self,
-        query,
-        key,
-        value,
-        key_padding_mask=key_padding_mask,
-        need_weights=need_weights,
-        attn_mask=attn_mask,
-        average_attn_weights=average_attn_weights,
-        is_causal=is_causal,
+def _routed(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """`stock`, the class's own forward, with self-attention taken out of it."""
+    takes, self_attention, routing = _takes, _self_attention, is_installed
+
+    def forward(
+        self: nn.MultiheadAttention,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        if routing() and takes(
+            self, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal
+        ):
+            return self_attention(self, query, key_padding_mask, attn_mask, is_causal), None
+        return stock(
+            self,
+            query,
+            key,
+            value,
+            key_padding_mask=key_padding_mask,
+            need_weights=need_weights,
+            attn_mask=attn_mask,
+            average_attn_weights=average_attn_weights,
+            is_causal=is_causal,
+        )
+
+    # torch.jit.script compiles the source of what is wrapped, with the names of what wraps it: stock
+    # source, so stock names. Ours are all in the closure.
+    routed = types.FunctionType(
+        forward.__code__, stock.__globals__, "forward", forward.__defaults__, forward.__closure__
     )
+    return functools.update_wrapper(routed, stock)
 
-
-_forward.__name__ = "forward"
-_forward.__qualname__ = "MultiheadAttention.forward"
 
 _installed = False
+_stock_forward: Callable[..., Any] | None = None
+_forward: Callable[..., Any] | None = None
 
 
 def is_installed() -> bool:
@@ -225,15 +235,14 @@ def is_installed() -> bool:
 
 def install() -> None:
     """Routes nn.MultiheadAttention; leaves a forward alone that somebody else has put there."""
-    global _installed, _stock_forward
+    global _installed, _stock_forward, _forward
     current = nn.MultiheadAttention.forward
-    if current is _forward:
-        _installed = True
-        return
-    if current.__module__ != "torch.nn.modules.activation":
-        return
-    _stock_forward = current
-    nn.MultiheadAttention.forward = _forward  # type: ignore[method-assign]
+    if current is not _forward:
+        if current.__module__ != "torch.nn.modules.activation":
+            return
+        if current is not _stock_forward:
+            _stock_forward, _forward = current, _routed(current)
+        nn.MultiheadAttention.forward = _forward  # type: ignore[method-assign, assignment]
     _installed = True
 
 
@@ -241,5 +250,5 @@ def remove() -> None:
     """Puts the stock forward back; one wrapped meanwhile by somebody else only stops routing."""
     global _installed
     _installed = False
-    if nn.MultiheadAttention.forward is _forward and _stock_forward is not None:
-        nn.MultiheadAttention.forward = _stock_forward  # type: ignore[method-assign]
+    if _forward is not None and nn.MultiheadAttention.forward is _forward:
+        nn.MultiheadAttention.forward = _stock_forward  # type: ignore[method-assign, assignment]

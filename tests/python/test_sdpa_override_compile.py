@@ -1,0 +1,199 @@
+"""The drop-in under torch.compile: each state runs its own code, and each is compiled once."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import torch_ext
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "_off_afterwards")
+
+
+@pytest.fixture
+def _off_afterwards():
+    yield
+    torch_ext.disable()
+
+
+def ran_fused() -> bool:
+    """Whether torch_ext's kernels have run since this was last asked."""
+    path = torch_ext.last_attention_path()
+    # A single query takes another path than the calls of these tests.
+    torch.ops.torch_ext.scaled_dot_product_attention(*(torch.zeros(1, 1, 1, 8),) * 3)
+    return path.startswith("cpu.") and path != torch_ext.last_attention_path()
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True) * 2
+
+
+def qkv(grad: bool = False) -> list[Tensor]:
+    return [torch.randn(2, 3, 16, 8, requires_grad=grad) for _ in range(3)]
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_code_follows_the_switch_and_both_versions_stay_cached(first):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(attention, backend=counter, fullgraph=True)
+    inputs = qkv()
+    expected = attention(*inputs)
+    ran_fused()
+    for round_ in range(3):
+        for on in (first, not first):
+            with torch_ext.enabled(on):
+                out = compiled(*inputs)
+                assert ran_fused() is on
+                torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+        assert counter.frame_count == 2, f"compiled anew in round {round_}"
+
+
+def test_methods_nested_functions_and_graph_breaks_follow_too():
+    class Layer(torch.nn.Module):
+        def forward(self, *inputs: Tensor) -> Tensor:
+            first = attention(*inputs)
+            torch._dynamo.graph_break()
+            return attention(first, *inputs[1:])
+
+    layer = Layer()
+    compiled = torch.compile(layer, backend="aot_eager")
+    inputs = qkv()
+    expected = layer(*inputs)
+    ran_fused()
+    for on in (False, True, False, True):
+        with torch_ext.enabled(on):
+            torch.testing.assert_close(compiled(*inputs), expected, atol=1e-5, rtol=1e-5)
+            assert ran_fused() is on
+
+
+def test_code_compiled_in_isolation_follows_too():
+    inputs = qkv()
+    try:
+        compiled = torch.compile(attention, backend="aot_eager", isolate_recompiles=True)
+    except TypeError:
+        pytest.skip("this torch compiles nothing in isolation")
+    ran_fused()
+    for on in (False, True, False, True):
+        with torch_ext.enabled(on):
+            compiled(*inputs)
+            assert ran_fused() is on
+
+
+@pytest.mark.parametrize("mode", ["train", "no_grad", "inference_mode"])
+def test_every_mode_compiles_fused(mode):
+    compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
+    guard = {
+        "train": torch.enable_grad,
+        "no_grad": torch.no_grad,
+        "inference_mode": torch.inference_mode,
+    }[mode]
+    with guard():
+        inputs = qkv(grad=mode == "train")
+        for on in (False, True, False):
+            expected = attention(*inputs)
+            ran_fused()
+            with torch_ext.enabled(on):
+                out = compiled(*inputs)
+            assert ran_fused() is on
+            torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+            if mode == "train":
+                grad_out = torch.randn_like(out)
+                torch.testing.assert_close(
+                    torch.autograd.grad(out, inputs, grad_out),
+                    torch.autograd.grad(expected, inputs, grad_out),
+                    atol=1e-5,
+                    rtol=1e-5,
+                )
+
+
+def test_inductor_and_its_caches_keep_the_states_apart(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    inputs = qkv(grad=True)
+    expected = attention(*inputs)
+
+    def run(on: bool) -> None:
+        torch._dynamo.reset()  # only the caches on disk remain
+        with torch_ext.enabled(on):
+            compiled = torch.compile(attention, fullgraph=True)
+            ran_fused()
+            out = compiled(*inputs)
+            assert ran_fused() is on
+        torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+
+    for on in (False, True, False, True):
+        run(on)
+    failures: list[BaseException] = []
+
+    def in_thread() -> None:
+        try:
+            run(False)
+            run(True)
+        except BaseException as error:  # noqa: BLE001: reported by the main thread
+            failures.append(error)
+
+    # Options of torch.compile set in one thread do not count in another.
+    thread = threading.Thread(target=in_thread)
+    thread.start()
+    thread.join()
+    assert not failures
+
+
+def test_the_cache_key_is_restored_and_keeps_what_the_user_chose(monkeypatch):
+    config = torch.compiler.config
+    assert config.cache_key_tag == ""
+    with torch_ext.enabled():
+        assert config.cache_key_tag == "torch_ext"
+        with torch_ext.enabled(False):
+            assert config.cache_key_tag == ""
+    assert config.cache_key_tag == ""
+    monkeypatch.setattr(config, "cache_key_tag", "mine")
+    with torch_ext.enabled():
+        assert config.cache_key_tag == "mine+torch_ext"
+    assert config.cache_key_tag == "mine"
+
+
+def test_sdpa_kernel_inside_compiled_code_keeps_torchs_backend():
+    def chosen(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(query, key, value)
+
+    inputs = qkv()
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = F.scaled_dot_product_attention(*inputs)
+    with torch_ext.enabled():
+        compiled = torch.compile(chosen, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(*inputs), expected)
+        assert not ran_fused()
+
+
+def test_is_enabled_is_a_constant_that_follows():
+    def doubled(x: Tensor) -> Tensor:
+        return x * 2 if torch_ext.is_enabled() else x
+
+    compiled = torch.compile(doubled, backend="eager", fullgraph=True)
+    x = torch.ones(3)
+    for on in (False, True, False, True):
+        with torch_ext.enabled(on):
+            assert torch.equal(compiled(x), x * (1 + on))
+
+
+def test_switching_inside_a_graph_is_refused_and_otherwise_breaks_it():
+    def switching(x: Tensor) -> Tensor:
+        with torch_ext.enabled():
+            return attention(x, x, x)
+
+    x = torch.randn(1, 1, 8, 8)
+    expected = attention(x, x, x)
+    ran_fused()
+    torch.testing.assert_close(torch.compile(switching, backend="aot_eager")(x), expected)
+    assert ran_fused()
+    assert not torch_ext.is_enabled()
+    with pytest.raises(Exception, match="outside compiled code"):
+        torch.compile(switching, backend="aot_eager", fullgraph=True)(x)
+    assert not torch_ext.is_enabled()

@@ -1,0 +1,61 @@
+"""timm's vision transformers with the drop-in on."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from stock_comparison import compare_with_stock
+
+import torch_ext
+
+
+@pytest.fixture(autouse=True)
+def _off_afterwards():
+    yield
+    torch_ext.disable()
+
+
+def model(name: str, **options):
+    torch.manual_seed(0)
+    return timm.create_model(name, pretrained=False, num_classes=10, img_size=64, **options)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["vit_tiny_patch16_224", "deit_tiny_patch16_224", "vit_medium_patch16_reg4_256"],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_logits_and_gradients(name, training):
+    network = model(name, depth=2).train(training)
+    images = torch.randn(2, 3, 64, 64)
+
+    def call():
+        with torch.set_grad_enabled(training):
+            return network(images)
+
+    compare_with_stock(network, call, tolerance=1e-4)
+
+
+def test_windowed_attention_with_a_bias_that_learns():
+    """Swin: an additive mask per head, whose gradient is the relative position table's."""
+    network = timm.create_model(
+        "swin_tiny_patch4_window7_224", pretrained=False, num_classes=10, img_size=56, window_size=7,
+        depths=(2, 2), num_heads=(3, 6), embed_dim=24,
+    ).eval()  # fmt: skip
+    images = torch.randn(2, 3, 56, 56)
+    compare_with_stock(network, lambda: network(images), tolerance=1e-4)
+
+
+def test_compiled_and_in_low_precision(fresh_dynamo):
+    network = model("vit_tiny_patch16_224", depth=2).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        stock = network(images)
+        with torch_ext.enabled():
+            compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+            torch.testing.assert_close(compiled(images), stock, atol=1e-4, rtol=1e-4)
+            assert torch_ext.last_attention_path().startswith("cpu.")
+            with torch.autocast("cpu", torch.bfloat16):
+                low = network(images)
+    torch.testing.assert_close(low.float(), stock, atol=5e-2, rtol=5e-2)

@@ -1,0 +1,301 @@
+"""Hugging Face models on attn_implementation="torch_ext": the stock models' numbers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers_models import DECODERS, VOCABULARY, decoder, padding, tokens
+
+import torch_ext
+from torch_ext.integrations import transformers as torch_ext_hf
+
+torch_ext_hf.register()
+
+STOCK = ("sdpa", "eager")
+
+
+@pytest.fixture(autouse=True)
+def _off_afterwards():
+    yield
+    torch_ext.disable()
+
+
+def ran_fused() -> bool:
+    return torch_ext.last_attention_path().startswith("cpu.")
+
+
+def logits_and_gradients(
+    model: torch.nn.Module, labelled: Tensor | None = None, **inputs: Tensor
+) -> dict[str, Tensor]:
+    """The logits of the labelled positions, and the parameters' gradients of their cross entropy."""
+    model.zero_grad(set_to_none=True)
+    logits = model(**inputs, use_cache=False).logits
+    labels = torch.arange(logits[..., 0].numel()).view(logits.shape[:-1]) % VOCABULARY
+    if labelled is not None:
+        logits, labels = logits[labelled], labels[labelled]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
+    loss.backward()
+    found = {"logits": logits.detach()}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            found[name] = parameter.grad.clone()
+    return found
+
+
+def assert_same(ours: dict[str, Tensor], stock: dict[str, Tensor], tolerance: float = 5e-5) -> None:
+    assert ours.keys() == stock.keys()
+    for name, expected in stock.items():
+        torch.testing.assert_close(
+            ours[name],
+            expected,
+            atol=tolerance * max(1.0, expected.abs().max().item()),
+            rtol=tolerance,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("side", [None, "left", "right"])
+def test_decoders_give_stock_logits_and_gradients(name, side):
+    inputs = {"input_ids": tokens()}
+    labelled = None
+    if side is not None:
+        inputs["attention_mask"] = padding(side)
+        labelled = inputs["attention_mask"].bool()
+    ours = logits_and_gradients(decoder(name, "torch_ext"), labelled, **inputs)
+    assert ran_fused()
+    for stock in STOCK:
+        assert_same(ours, logits_and_gradients(decoder(name, stock), labelled, **inputs))
+    with torch_ext.enabled():
+        dropped_in = logits_and_gradients(decoder(name, "sdpa"), labelled, **inputs)
+        assert ran_fused()
+    assert_same(dropped_in, ours)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(dtype):
+    inputs = {"input_ids": tokens(), "attention_mask": padding("left")}
+    labelled = padding("left").bool()
+    ours = decoder("llama", "torch_ext").to(dtype)(**inputs).logits[labelled]
+    exact = decoder("llama", "sdpa")(**inputs).logits[labelled]
+    stock = decoder("llama", "sdpa").to(dtype)(**inputs).logits[labelled]
+    error = (ours.float() - exact).norm()
+    assert error < 1.25 * (stock.float() - exact).norm()
+
+
+@pytest.mark.parametrize("kind", ["boolean", "additive"])
+def test_four_dimensional_masks(kind):
+    ids = tokens(batch=2, length=8)
+    allowed = torch.ones(8, 8, dtype=torch.bool).tril()
+    allowed = allowed & ~torch.eye(8, dtype=torch.bool).roll(-3, 1)
+    allowed = allowed.expand(2, 1, 8, 8)
+    mask = allowed
+    if kind == "additive":
+        mask = torch.zeros(2, 1, 8, 8).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    ours = logits_and_gradients(decoder("llama", "torch_ext"), **inputs)
+    assert ran_fused()
+    assert_same(ours, logits_and_gradients(decoder("llama", "sdpa"), **inputs))
+
+
+def test_packed_sequences():
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 1, 2]])
+    inputs = {"input_ids": tokens(batch=1), "position_ids": positions}
+    ours = logits_and_gradients(decoder("llama", "torch_ext"), **inputs)
+    assert_same(ours, logits_and_gradients(decoder("llama", "sdpa"), **inputs))
+
+
+def test_key_and_value_heads_are_not_repeated():
+    class Operators(torch.utils._python_dispatch.TorchDispatchMode):
+        heads: list[tuple[int, int]] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "attention_forward" in func.name():
+                self.heads.append((args[0].shape[1], args[1].shape[1]))
+            return func(*args, **(kwargs or {}))
+
+    with Operators() as operators:
+        decoder("llama", "torch_ext")(input_ids=tokens(), attention_mask=padding("left"))
+    assert operators.heads == [(4, 2)] * 2
+
+
+def test_attention_dropout_in_training():
+    ids = tokens(batch=1, length=8).repeat(200, 1)  # each sequence drops weights of its own
+    models = {
+        name: decoder("llama", name, attention_dropout=0.3).train()
+        for name in ("torch_ext", "eager")
+    }
+    with torch.no_grad():
+        model = models["torch_ext"]
+        torch.manual_seed(3)
+        first = model(ids).logits
+        torch.manual_seed(3)
+        assert torch.equal(first, model(ids).logits)
+        assert not torch.equal(first, model(ids).logits)
+        samples = {name: model(ids).logits for name, model in models.items()}
+    spread = samples["eager"].std(0)
+    error = (samples["torch_ext"].mean(0) - samples["eager"].mean(0)).abs()
+    assert (error < 6 * spread * (2 / 200) ** 0.5 + 1e-4).all()
+    torch.testing.assert_close(samples["torch_ext"].std(0).mean(), spread.mean(), rtol=0.1, atol=0)
+
+
+def test_gradient_checkpointing_with_dropout():
+    ids = tokens(batch=2)
+    found = []
+    for checkpointed in (False, True):
+        model = decoder("llama", "torch_ext", attention_dropout=0.3).train()
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+        torch.manual_seed(3)
+        found.append(logits_and_gradients(model, input_ids=ids))
+    assert_same(found[1], found[0], tolerance=1e-6)
+
+
+def encoder(kind: str, implementation: str) -> torch.nn.Module:
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    torch.manual_seed(0)
+    if kind == "bert":
+        config = transformers.BertConfig(vocab_size=VOCABULARY, **sizes)
+        return transformers.AutoModel.from_config(config, attn_implementation=implementation)
+    config = transformers.ViTConfig(image_size=16, patch_size=4, **sizes)
+    return transformers.AutoModel.from_config(config, attn_implementation=implementation)
+
+
+@pytest.mark.parametrize("kind", ["bert", "vit"])
+def test_encoders(kind):
+    if kind == "bert":
+        inputs = {"input_ids": tokens(), "attention_mask": padding("right")}
+        seen = padding("right").bool()
+    else:
+        inputs = {"pixel_values": torch.randn(2, 3, 16, 16)}
+        seen = torch.ones(2, 17, dtype=torch.bool)
+    found = {}
+    for implementation in ("torch_ext", *STOCK):
+        model = encoder(kind, implementation)
+        hidden = model(**inputs).last_hidden_state[seen]
+        hidden.square().sum().backward()
+        found[implementation] = {"hidden": hidden.detach()} | {
+            name: p.grad for name, p in model.named_parameters() if p.grad is not None
+        }
+        assert ran_fused() or implementation != "torch_ext"
+    for stock in STOCK:
+        assert_same(found["torch_ext"], found[stock])
+
+
+def encoder_decoder(kind: str, implementation: str) -> tuple[torch.nn.Module, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    if kind == "t5":
+        config = transformers.T5Config(
+            vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+            dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0,
+        )  # fmt: skip
+        model = transformers.T5ForConditionalGeneration._from_config(
+            config, attn_implementation=implementation
+        )
+        inputs = {"input_ids": tokens(), "attention_mask": padding("right")}
+    else:
+        config = transformers.WhisperConfig(
+            vocab_size=VOCABULARY, num_mel_bins=8, d_model=32, encoder_layers=2, decoder_layers=2,
+            encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64,
+            decoder_ffn_dim=64, max_source_positions=16, max_target_positions=32, dropout=0.0,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+        )  # fmt: skip
+        model = transformers.WhisperForConditionalGeneration._from_config(
+            config, attn_implementation=implementation
+        )
+        features = torch.randn(3, 8, 32, generator=torch.Generator().manual_seed(2))
+        inputs = {"input_features": features}
+    return model, inputs | {"decoder_input_ids": tokens(length=7)}
+
+
+@pytest.mark.parametrize("kind", ["t5", "whisper"])
+def test_encoder_decoders(kind):
+    found = {}
+    for implementation in ("torch_ext", *STOCK):
+        model, inputs = encoder_decoder(kind, implementation)
+        found[implementation] = logits_and_gradients(model, **inputs)
+        assert ran_fused() or implementation != "torch_ext"
+    for stock in STOCK:
+        assert_same(found["torch_ext"], found[stock])
+
+
+def test_soft_capping_is_refused_as_by_sdpa_and_works_without():
+    sizes = {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "head_dim": 16,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "sliding_window": 5, "pad_token_id": 0,
+    }  # fmt: skip
+    capped = transformers.AutoModelForCausalLM.from_config(
+        transformers.Gemma2Config(**sizes), attn_implementation="torch_ext"
+    )
+    with pytest.raises(ValueError, match="takes no `softcap`, got one from Gemma2Attention"):
+        capped(tokens())
+    found = {}
+    for implementation in ("torch_ext", "eager"):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(
+            transformers.Gemma2Config(**sizes, attn_logit_softcapping=None),
+            attn_implementation=implementation,
+        )
+        found[implementation] = logits_and_gradients(
+            model, padding("left").bool(), input_ids=tokens(), attention_mask=padding("left")
+        )
+    assert_same(found["torch_ext"], found["eager"])
+
+
+def test_attention_sinks_are_refused():
+    config = transformers.GptOssConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_local_experts=2,
+        num_experts_per_tok=1, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="torch_ext")
+    with pytest.raises(ValueError, match="takes no `s_aux`"):
+        model(tokens())
+
+
+def test_registering_twice_is_harmless_and_changes_nothing_else():
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    before = dict(transformers.AttentionInterface._global_mapping)
+    masks = dict(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping)
+    torch_ext_hf.register()
+    assert dict(transformers.AttentionInterface._global_mapping) == before
+    assert dict(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping) == masks
+    assert before["torch_ext"] is torch_ext_hf.attention_forward
+
+
+def test_a_missing_or_old_transformers_is_named(monkeypatch):
+    program = """
+import sys
+sys.modules["transformers"] = None
+from torch_ext.integrations import transformers
+try:
+    transformers.register()
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert "takes transformers 4.53 or newer, got none" in done.stdout
+
+    old = types.ModuleType("transformers")
+    old.__version__ = "4.40.0"
+    monkeypatch.setitem(sys.modules, "transformers", old)
+    monkeypatch.setitem(sys.modules, "transformers.masking_utils", None)
+    with pytest.raises(ImportError, match=r"takes transformers 4\.53 or newer, got 4\.40\.0"):
+        torch_ext_hf.register()
