@@ -28,6 +28,7 @@ __all__ = ["attention", "install", "is_causal_bias", "remove"]
 _BIAS_MODULE = "torch.nn.attention.bias"
 
 _stock_dispatch: Callable[..., Tensor] | None = None
+_stock_attribute: Any = None  # the staticmethod around it
 _installed = False
 
 
@@ -162,17 +163,20 @@ def remove() -> None:
     if _when_imported in sys.meta_path:
         sys.meta_path.remove(_when_imported)
     module = sys.modules.get(_BIAS_MODULE)
-    if module is not None and _stock_dispatch is not None:
-        if module.CausalBias.__dict__["_dispatch"].__func__ is _dispatch:
-            module.CausalBias._dispatch = staticmethod(_stock_dispatch)
+    if (
+        module is not None
+        and _stock_attribute is not None
+        and module.CausalBias._dispatch is _dispatch
+    ):
+        module.CausalBias._dispatch = _stock_attribute
 
 
 def _install_in(module: ModuleType) -> None:
-    global _stock_dispatch
-    current = module.CausalBias._dispatch
-    if current is not _dispatch:
-        _stock_dispatch = current
-        module.CausalBias._dispatch = staticmethod(_dispatch)  # type: ignore[attr-defined]
+    global _stock_dispatch, _stock_attribute
+    if module.CausalBias._dispatch is not _dispatch:
+        _stock_dispatch = module.CausalBias._dispatch
+        _stock_attribute = vars(module.CausalBias)["_dispatch"]
+        module.CausalBias._dispatch = staticmethod(_dispatch)
 
 
 class _Loader(importlib.abc.Loader):

@@ -20,6 +20,12 @@ __all__ = ["compile_lock", "state_changed"]
 
 _CACHE_KEY_MARK = "torch_ext"
 
+# By csrc/ops/sdpa_override.
+_OVERRIDDEN = (
+    torch.ops.aten.scaled_dot_product_attention.default,
+    torch.ops.aten._native_multi_head_attention.default,
+)
+
 _enabled = False
 
 
@@ -50,6 +56,9 @@ def state_changed(enabled: bool) -> None:
     _tie_compiled_code_to(not enabled)
     _enabled = enabled
     _mark_cache_key(enabled)
+    for operator in _OVERRIDDEN:
+        # Which kernel the Python dispatcher, under which graphs are traced, found for each key.
+        operator._dispatch_cache.clear()
     fake_tensor = sys.modules.get("torch._subclasses.fake_tensor")
     if fake_tensor is not None:
         # Holds, per operator and argument shapes, the strides that the kernel of that time gave.

@@ -22,12 +22,15 @@ def _off_afterwards():
     torch_ext.disable()
 
 
+NOTHING = "cpu.empty"
+
+
 def ran_fused() -> bool:
     """Whether torch_ext's kernels have run since this was last asked."""
     path = torch_ext.last_attention_path()
-    # A single query takes another path than the calls of these tests.
-    torch.ops.torch_ext.scaled_dot_product_attention(*(torch.zeros(1, 1, 1, 8),) * 3)
-    return path.startswith("cpu.") and path != torch_ext.last_attention_path()
+    torch_ext.scaled_dot_product_attention(*(torch.zeros(1, 1, 0, 8),) * 3)
+    assert torch_ext.last_attention_path() == NOTHING
+    return path.startswith("cpu.") and path != NOTHING
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -119,32 +122,36 @@ def test_inductor_and_its_caches_keep_the_states_apart(tmp_path, monkeypatch):
 
     def run(on: bool) -> None:
         torch._dynamo.reset()  # only the caches on disk remain
-        with torch_ext.enabled(on):
-            compiled = torch.compile(attention, fullgraph=True)
-            ran_fused()
-            out = compiled(*inputs)
-            assert ran_fused() is on
+        compiled = torch.compile(attention, fullgraph=True)
+        ran_fused()
+        out = compiled(*inputs)
+        assert ran_fused() is on
         torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+        out.sum().backward()  # a training graph is stored once its backward pass is compiled
 
+    counters = torch._dynamo.utils.counters["aot_autograd"]
+    before = counters["autograd_cache_hit"]
     for on in (False, True, False, True):
-        run(on)
+        with torch_ext.enabled(on):
+            run(on)
+    assert counters["autograd_cache_hit"] == before + 2
+    # Options of torch.compile set in one thread do not count in another.
     failures: list[BaseException] = []
 
     def in_thread() -> None:
         try:
-            run(False)
             run(True)
         except BaseException as error:  # noqa: BLE001: reported by the main thread
             failures.append(error)
 
-    # Options of torch.compile set in one thread do not count in another.
-    thread = threading.Thread(target=in_thread)
-    thread.start()
-    thread.join()
+    with torch_ext.enabled():
+        thread = threading.Thread(target=in_thread)
+        thread.start()
+        thread.join()
     assert not failures
 
 
-def test_the_cache_key_is_restored_and_keeps_what_the_user_chose(monkeypatch):
+def test_the_cache_key_is_restored_and_keeps_what_the_user_chose():
     config = torch.compiler.config
     assert config.cache_key_tag == ""
     with torch_ext.enabled():
@@ -152,10 +159,11 @@ def test_the_cache_key_is_restored_and_keeps_what_the_user_chose(monkeypatch):
         with torch_ext.enabled(False):
             assert config.cache_key_tag == ""
     assert config.cache_key_tag == ""
-    monkeypatch.setattr(config, "cache_key_tag", "mine")
-    with torch_ext.enabled():
-        assert config.cache_key_tag == "mine+torch_ext"
-    assert config.cache_key_tag == "mine"
+    with config.patch(cache_key_tag="mine"):
+        with torch_ext.enabled():
+            assert config.cache_key_tag == "mine+torch_ext"
+        assert config.cache_key_tag == "mine"
+    assert config.cache_key_tag == ""
 
 
 def test_sdpa_kernel_inside_compiled_code_keeps_torchs_backend():
@@ -194,6 +202,7 @@ def test_switching_inside_a_graph_is_refused_and_otherwise_breaks_it():
     torch.testing.assert_close(torch.compile(switching, backend="aot_eager")(x), expected)
     assert ran_fused()
     assert not torch_ext.is_enabled()
+    torch._dynamo.reset()
     with pytest.raises(Exception, match="outside compiled code"):
         torch.compile(switching, backend="aot_eager", fullgraph=True)(x)
     assert not torch_ext.is_enabled()

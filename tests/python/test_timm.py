@@ -23,7 +23,7 @@ def model(name: str, **options):
 
 @pytest.mark.parametrize(
     "name",
-    ["vit_tiny_patch16_224", "deit_tiny_patch16_224", "vit_medium_patch16_reg4_256"],
+    ["vit_tiny_patch16_224", "deit_tiny_patch16_224", "vit_small_patch16_224"],
 )
 @pytest.mark.parametrize("training", [True, False])
 def test_logits_and_gradients(name, training):
