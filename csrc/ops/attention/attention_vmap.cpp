@@ -69,7 +69,8 @@ ForwardResult attention_forward_vmap(const at::Tensor& query, const at::Tensor& 
                                                       .key_padding_mask = given(key_padding_mask),
                                                       .dropout_seed = given(dropout_seed)},
                                                      SeedArgument::kRequired);
-  const VmapLevel level(kOp);
+  const VmapLevel level(
+      kOp, {&query, &key, &value, given(attn_mask), given(key_padding_mask), given(dropout_seed)});
   if (dropout_p > 0.0 && !level.is_mapped(*dropout_seed)) {
     const auto outputs =
         stack_samples<2>(level.batch_size().guard_int(__FILE__, __LINE__), [&](std::int64_t index) {
@@ -114,7 +115,9 @@ BackwardResult attention_backward_vmap(
                              .logsumexp = logsumexp,
                              .output_mask = output_mask},
                             geometry);
-  const VmapLevel level(kOp);
+  const VmapLevel level(kOp,
+                        {&grad_out, given(grad_logsumexp), &query, &key, &value, &out, &logsumexp,
+                         given(attn_mask), given(key_padding_mask), given(dropout_seed)});
   if (dropout_p > 0.0 && !level.is_mapped(*dropout_seed)) {
     const auto grads =
         stack_samples<4>(level.batch_size().guard_int(__FILE__, __LINE__), [&](std::int64_t index) {
@@ -143,7 +146,7 @@ BackwardResult attention_backward_vmap(
 
 at::Tensor attention_dropout_mask_vmap(const at::Tensor& dropout_seed, double dropout_p,
                                        c10::SymIntArrayRef sizes) {
-  const VmapLevel level("attention_dropout_mask");
+  const VmapLevel level("attention_dropout_mask", {&dropout_seed});
   c10::SymDimVector folded(sizes.begin(), sizes.end());
   folded.insert(folded.begin(), level.batch_size());
   return level.wrap(call_attention_dropout_mask(level.sample(dropout_seed, 0), dropout_p, folded));

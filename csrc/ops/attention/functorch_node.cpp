@@ -1,7 +1,6 @@
 #include "functorch_node.h"
 
-#include <ATen/FuncTorchTLS.h>
-#include <ATen/functorch/DynamicLayer.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/functions/utils.h>
 
 #include <memory>
@@ -53,15 +52,17 @@ Pointer make_node(Arguments&&... arguments) {
   if constexpr (std::is_same_v<Pointer, std::shared_ptr<Node>>) {
     return Pointer(node, [](auto* pointer) { deleteNode(pointer); });
   } else {
-    return Pointer::reclaim(node);
+    return Pointer::unsafe_steal_from_new(node);
   }
 }
 
 }  // namespace
 
 bool in_functorch_transform() {
-  return at::functorch::functorchTLSAccessor() != nullptr &&
-         at::functorch::maybeCurrentDynamicLayer().has_value();
+  // Included while any transform is on functorch's stack. ATen/functorch/DynamicLayer.h, which has
+  // the stack itself, needs a JSON library that torch does not install.
+  const c10::impl::LocalDispatchKeySet local = c10::impl::tls_local_dispatch_key_set();
+  return local.included_.has(c10::DispatchKey::FuncTorchDynamicLayerBackMode);
 }
 
 void record_node(const char* name, const variable_list& outputs, const variable_list& inputs,

@@ -1,26 +1,40 @@
 #include "vmap_level.h"
 
-#include <ATen/functorch/PlumbingHelper.h>
+#include <ATen/functorch/BatchedTensorImpl.h>
 #include <c10/core/SymbolicShapeMeta.h>
 
 namespace torch_ext {
 
-VmapLevel::VmapLevel(const char* op)
-    : guard_(c10::DispatchKey::FuncTorchBatched),
-      layer_(at::functorch::maybeCurrentDynamicLayer()) {
-  TORCH_CHECK(layer_.has_value(), "torch_ext::", op,
-              ": takes no tensor that has left its torch.vmap");
-  level_ = layer_->layerId();
+namespace {
+
+using at::functorch::BatchedTensorImpl;
+
+const BatchedTensorImpl* batched(const at::Tensor& tensor) {
+  return tensor.defined() ? at::functorch::maybeGetBatchedImpl(tensor) : nullptr;
+}
+
+}  // namespace
+
+VmapLevel::VmapLevel(const char* op, std::initializer_list<const at::Tensor*> arguments)
+    : guard_(c10::DispatchKey::FuncTorchBatched) {
+  for (const at::Tensor* argument : arguments) {
+    const BatchedTensorImpl* impl = argument == nullptr ? nullptr : batched(*argument);
+    if (impl == nullptr || impl->level() <= level_) continue;
+    level_ = impl->level();
+    batch_size_ = impl->value().sym_size(impl->bdim());
+  }
+  TORCH_CHECK(level_ > 0, "torch_ext::", op, ": takes no tensor that has left its torch.vmap");
 }
 
 bool VmapLevel::is_mapped(const at::Tensor& tensor) const {
-  return tensor.defined() && at::functorch::isBatchedAtLevel(tensor, level_);
+  const BatchedTensorImpl* impl = batched(tensor);
+  return impl != nullptr && impl->level() == level_;
 }
 
 at::Tensor VmapLevel::unwrap(const at::Tensor& tensor) const {
-  if (!tensor.defined()) return tensor;
-  const auto [value, mapped_dim] = at::functorch::unwrapTensorAtLevel(tensor, level_);
-  return mapped_dim.has_value() ? value.movedim(*mapped_dim, 0) : value;
+  if (!is_mapped(tensor)) return tensor;
+  const BatchedTensorImpl* impl = batched(tensor);
+  return impl->value().movedim(impl->bdim(), 0);
 }
 
 at::Tensor VmapLevel::fold(const at::Tensor& tensor, std::int64_t dims) const {

@@ -3,23 +3,26 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/functorch/DynamicLayer.h>
 #include <c10/core/SymInt.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <cstdint>
-#include <optional>
+#include <initializer_list>
 
 #include "attention_arguments.h"
 
 namespace torch_ext {
 
-/// The innermost vmap. While this lives, operators see the tensors below it.
+/// The innermost vmap that maps one of an operator's arguments, of which null and undefined ones do
+/// not count. While this lives, operators see the tensors below it.
+///
+/// Read off the tensors: ATen/functorch/DynamicLayer.h, which has the stack of transforms, needs a
+/// JSON library that torch does not install.
 class VmapLevel {
  public:
-  explicit VmapLevel(const char* op);
+  VmapLevel(const char* op, std::initializer_list<const at::Tensor*> arguments);
 
-  c10::SymInt batch_size() const { return layer_->batchSize(); }
+  const c10::SymInt& batch_size() const { return batch_size_; }
   bool is_mapped(const at::Tensor& tensor) const;
 
   /// (mapped, 1..., sample...) with `dims` dimensions behind the mapped one. A tensor that is not
@@ -43,8 +46,8 @@ class VmapLevel {
   at::Tensor unwrap(const at::Tensor& tensor) const;
 
   c10::impl::ExcludeDispatchKeyGuard guard_;
-  std::optional<at::functorch::DynamicLayer> layer_;
-  std::int64_t level_ = 0;
+  std::int64_t level_ = 0;  // functorch counts from 1
+  c10::SymInt batch_size_ = 0;
 };
 
 }  // namespace torch_ext
