@@ -1,8 +1,8 @@
 """torch.nn.attention.bias: causal masks that are a rule, not a tensor.
 
-``causal_upper_left`` is ``is_causal=True``. ``causal_lower_right`` lets query i attend to the keys up
-to i + kv_len - q_len; torch writes it out as a boolean mask on the CPU, here it is the kernels' causal
-offset.
+``causal_upper_left`` is ``is_causal=True``. ``causal_lower_right`` lets query i attend to the keys
+up to i + kv_len - q_len; torch writes it out as a boolean mask on the CPU, here it is the kernels'
+causal offset.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ def attention(
         is_causal: must be False, as in torch
 
     Returns:
-        (batch..., heads, q_len, value_dim). A query that the lower-right triangle leaves without keys
-        (q_len > kv_len) gives 0.
+        (batch..., heads, q_len, value_dim). A query that the lower-right triangle leaves without
+        keys (q_len > kv_len) gives 0.
 
     Raises:
-        ValueError: with ``is_causal=True``, or for a lower-right bias of other lengths than those of
-            query and key.
+        ValueError: with ``is_causal=True``, or for a lower-right bias of other lengths than those
+            of query and key.
     """
     if is_causal:
         raise ValueError("CausalBias should not be used with causal=True")
@@ -75,8 +75,8 @@ def attention(
     q_len, kv_len = query.size(-2), key.size(-2)
     if attn_mask.seq_len_q != q_len or attn_mask.seq_len_kv != kv_len:
         raise ValueError(
-            "torch_ext::scaled_dot_product_attention: attn_mask takes a causal_lower_right of query's "
-            f"and key's lengths ({q_len}, {kv_len}), got causal_lower_right"
+            "torch_ext::scaled_dot_product_attention: attn_mask takes a causal_lower_right of "
+            f"query's and key's lengths ({q_len}, {kv_len}), got causal_lower_right"
             f"({attn_mask.seq_len_q}, {attn_mask.seq_len_kv})"
         )
     seed = None
@@ -102,7 +102,7 @@ def _is_lower_right(bias: CausalBias) -> bool:
 
 
 def _takes(query: Tensor, key: Tensor, value: Tensor, bias: CausalBias) -> bool:
-    """Whether F.scaled_dot_product_attention under the bias is torch_ext's, as its override decides."""
+    """Whether F.scaled_dot_product_attention under the bias is torch_ext's, by its own rules."""
     device = query.device.type
     return (
         _is_lower_right(bias)

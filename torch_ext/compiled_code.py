@@ -3,8 +3,8 @@
 What a compiled function runs is fixed while it is traced, and nothing that Dynamo guards on changes
 with the dispatcher. So at every change of state, the code compiled in the state that ends gets one
 more guard: that state. Code of both states stays cached side by side, and a function that is called
-in the other state is compiled once more, then reused. The caches on disk, keyed by a graph that looks
-the same in both states, get the state into their key.
+in the other state is compiled once more, then reused. The caches on disk, keyed by a graph that
+looks the same in both states, get the state into their key.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _STATE_GUARDS = {enabled: _is_state(enabled) for enabled in (False, True)}
 
 @contextlib.contextmanager
 def compile_lock() -> Iterator[None]:
-    """Held, Dynamo compiles nothing in other threads: no compilation straddles a change of state."""
+    """Held, Dynamo compiles nothing in other threads: none straddles a change of state."""
     convert_frame = sys.modules.get("torch._dynamo.convert_frame")
     if convert_frame is None:
         yield
@@ -51,7 +51,7 @@ def compile_lock() -> Iterator[None]:
 
 
 def state_changed(enabled: bool) -> None:
-    """The drop-in has just been switched; everything compiled until now belongs to the other state."""
+    """The drop-in has just been switched: all that is compiled belongs to the other state."""
     global _enabled
     _tie_compiled_code_to(not enabled)
     _enabled = enabled

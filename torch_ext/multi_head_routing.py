@@ -1,9 +1,9 @@
-"""Sends nn.MultiheadAttention's self-attention to torch_ext::self_attention while the drop-in is on.
+"""Sends nn.MultiheadAttention's self-attention to torch_ext::self_attention under the drop-in.
 
 The dispatcher never sees a multi-head layer in training, only its projections and its attention, so
 the whole-layer operator is reached from Python: `install` puts a forward in front of the stock one
-in the class, `remove` takes it away again. Modules, hooks, subclasses and state dicts are untouched:
-what changes is one entry in the class's dictionary, and only while the drop-in is on.
+in the class, `remove` takes it away again. Modules, hooks, subclasses and state dicts are left as
+they are: what changes is one entry in the class's dictionary, and only while the drop-in is on.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _takes_masks(
     key_padding_mask: Tensor | None,
     attn_mask: Tensor | None,
 ) -> bool:
-    """Whether the masks have nn.MultiheadAttention's shapes and dtypes; its own path names errors."""
+    """Whether the masks have nn.MultiheadAttention's shapes and dtypes; its path names errors."""
     batch = query.size(0) if query.dim() == 3 else 1
     length = query.size(-2)
     if attn_mask is not None:
@@ -122,12 +122,14 @@ def _as_boolean_padding(key_padding_mask: Tensor) -> Tensor | None:
     """A floating mask of nothing but 0 and -inf as the boolean one that it was made from, or None.
 
     nn.TransformerEncoder(Layer) turns a boolean padding mask into this before nn.MultiheadAttention
-    sees it; as a boolean mask the padded tiles are skipped. Compiled code cannot look at values.
+    sees it; as a boolean mask the padded tiles are skipped. Compiled and transformed code cannot
+    look at values.
     """
     if (
         torch.compiler.is_compiling()
         or key_padding_mask.requires_grad
         or key_padding_mask.device.type != "cpu"
+        or torch._C._are_functorch_transforms_active()
     ):
         return None
     ignore = key_padding_mask == float("-inf")
@@ -215,8 +217,8 @@ def _routed(stock: Callable[..., Any]) -> Callable[..., Any]:
             is_causal=is_causal,
         )
 
-    # torch.jit.script compiles the source of what is wrapped, with the names of what wraps it: stock
-    # source, so stock names. Ours are all in the closure.
+    # torch.jit.script compiles the source of what is wrapped, with the names of what wraps it:
+    # stock source, so stock names. Ours are all in the closure.
     routed = types.FunctionType(
         forward.__code__, stock.__globals__, "forward", forward.__defaults__, forward.__closure__
     )
@@ -242,7 +244,7 @@ def install() -> None:
             return
         if current is not _stock_forward:
             _stock_forward, _forward = current, _routed(current)
-        nn.MultiheadAttention.forward = _forward  # type: ignore[method-assign, assignment]
+        nn.MultiheadAttention.forward = _forward
     _installed = True
 
 
@@ -251,4 +253,4 @@ def remove() -> None:
     global _installed
     _installed = False
     if _forward is not None and nn.MultiheadAttention.forward is _forward:
-        nn.MultiheadAttention.forward = _stock_forward  # type: ignore[method-assign, assignment]
+        nn.MultiheadAttention.forward = _stock_forward

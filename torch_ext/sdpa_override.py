@@ -14,15 +14,15 @@ __all__ = ["disable", "enable", "enabled", "is_enabled"]
 def enable() -> None:
     """Runs torch's attention fused from here on, in the whole process.
 
-    That is ``F.scaled_dot_product_attention`` and all that is built on it (``nn.MultiheadAttention``,
-    ``nn.TransformerEncoder``, ``nn.TransformerDecoder``, ``nn.Transformer`` and most models),
+    That is ``F.scaled_dot_product_attention`` and all that is built on it: ``nn.Transformer``,
+    ``nn.TransformerEncoder``, ``nn.TransformerDecoder``, ``nn.MultiheadAttention``, most models, in
     training and inference, their inference fast paths included, eager and under ``torch.compile``,
-    on devices that torch_ext has kernels for. What torch_ext does not take (nested, sparse, quantized
-    or complex tensors) and everything inside ``torch.nn.attention.sdpa_kernel(...)`` keeps torch's own
-    kernels.
+    on devices that torch_ext has kernels for. What torch_ext does not take (nested, sparse,
+    quantized or complex tensors) and everything inside ``torch.nn.attention.sdpa_kernel(...)``
+    keeps torch's own kernels.
 
-    Inside ``enabled()`` it changes that scope only. A function compiled while the drop-in was off is
-    compiled anew when it is next called, and the other way round; both versions stay cached.
+    Inside ``enabled()`` it changes that scope only. A function compiled while the drop-in was off
+    is compiled anew when it is next called, and the other way round; both versions stay cached.
     """
     with compiled_code.compile_lock():
         _C.enable()
@@ -39,7 +39,7 @@ def is_enabled() -> bool:
     return _C.is_enabled()
 
 
-class enabled(contextlib.ContextDecorator):
+class enabled(contextlib.ContextDecorator):  # noqa: N801
     """Context manager and decorator: fused attention inside, afterwards what was there before.
 
     Scopes nest, also ``enabled(False)`` inside ``enabled()``. The switch is the process's: other
@@ -82,9 +82,11 @@ def _state_changed(on: bool) -> None:
 _C.set_override_listener(_state_changed)
 atexit.register(_C.set_override_listener, None)
 
-# Dynamo: a question answered while tracing (its guard is compiled_code's), and switches that no graph
-# can hold. The attributes are those that torch.compiler's decorators set, without importing Dynamo.
-is_enabled._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# Dynamo: a question answered while tracing (its guard is compiled_code's), and switches that no
+# graph can hold. The attributes are what torch.compiler's decorators set, without importing Dynamo.
+is_enabled.__dict__["_dynamo_marked_constant"] = True
 for _switch in (enable, disable, enabled.__enter__, enabled.__exit__):
-    _switch._torchdynamo_disable = True  # type: ignore[attr-defined]
-    _switch._torchdynamo_disable_msg = "torch_ext's drop-in is switched outside compiled code"  # type: ignore[attr-defined]
+    _switch.__dict__["_torchdynamo_disable"] = True
+    _switch.__dict__["_torchdynamo_disable_msg"] = (
+        "torch_ext's drop-in is switched outside compiled code"
+    )

@@ -1,4 +1,4 @@
-"""Which of torch's attention backends the program has asked for, and where torch_ext has kernels."""
+"""Which attention backends of torch's the program asks for, and where torch_ext has kernels."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def torch_backend_chosen(device_type: str) -> bool:
 
 def kernels_exist_for(device_type: str) -> bool:
     """Whether torch_ext has attention kernels for "cpu", "cuda" and so on."""
-    return device_type.upper() in ("CPU", "CUDA") and torch._C._dispatch_has_kernel_for_dispatch_key(
+    if device_type not in ("cpu", "cuda"):
+        return False
+    return torch._C._dispatch_has_kernel_for_dispatch_key(
         "torch_ext::attention_forward", device_type.upper()
     )
 
@@ -32,5 +34,5 @@ def kernels_exist_for(device_type: str) -> bool:
 # Read while torch.compile traces, like everything that decides a graph: a sdpa_kernel(...) context
 # in the traced function is then entered already. The attribute is what
 # torch.compiler.assume_constant_result sets, without importing Dynamo.
-torch_backend_chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
-kernels_exist_for._dynamo_marked_constant = True  # type: ignore[attr-defined]
+torch_backend_chosen.__dict__["_dynamo_marked_constant"] = True
+kernels_exist_for.__dict__["_dynamo_marked_constant"] = True

@@ -68,7 +68,7 @@ def compare_with_stock(
     tolerance: float | None = None,
     fused: bool = True,
 ) -> None:
-    """The call has to give the same, gradients too, with the drop-in on; fused: in torch_ext's kernels."""
+    """With the drop-in on the call has to give the same, gradients too; fused: in our kernels."""
     if tolerance is None:
         dtype = next(module.parameters()).dtype
         tolerance = TOLERANCE[dtype]

@@ -95,9 +95,7 @@ def test_options_go_through():
     query, key, value = (t.detach() for t in inputs(5, 12))
     bias = causal_lower_right(5, 12)
     with torch_ext.enabled():
-        scaled = F.scaled_dot_product_attention(
-            query, key, value, bias, scale=0.3, enable_gqa=True
-        )
+        scaled = F.scaled_dot_product_attention(query, key, value, bias, scale=0.3, enable_gqa=True)
         torch.manual_seed(1)
         first = F.scaled_dot_product_attention(query, key, value, bias, 0.5, enable_gqa=True)
         torch.manual_seed(1)
@@ -156,8 +154,12 @@ def test_sdpa_kernel_keeps_torchs_way():
 def test_lengths_that_do_not_fit_fail():
     query, key, value = inputs(5, 12)
     with torch_ext.enabled(), pytest.raises(RuntimeError):
-        F.scaled_dot_product_attention(query, key, value, causal_lower_right(4, 12), enable_gqa=True)
-    with pytest.raises(ValueError, match=r"takes a causal_lower_right .* \(5, 12\), got .*\(4, 12\)"):
+        F.scaled_dot_product_attention(
+            query, key, value, causal_lower_right(4, 12), enable_gqa=True
+        )
+    with pytest.raises(
+        ValueError, match=r"takes a causal_lower_right .* \(5, 12\), got .*\(4, 12\)"
+    ):
         torch_ext.scaled_dot_product_attention(
             query, key, value, causal_lower_right(4, 12), enable_gqa=True
         )

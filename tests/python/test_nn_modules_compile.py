@@ -98,9 +98,7 @@ def test_encoder_with_inductor(mode):
 
     def run(module):
         with torch.set_grad_enabled(mode == "train"):
-            return outputs_and_gradients(
-                encoder, lambda: module(x, src_key_padding_mask=padding)
-            )
+            return outputs_and_gradients(encoder, lambda: module(x, src_key_padding_mask=padding))
 
     stock = run(encoder)
     with torch_ext.enabled():

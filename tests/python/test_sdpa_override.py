@@ -251,7 +251,7 @@ def test_threads_may_switch_while_others_compute():
         def run():
             try:
                 work()
-            except BaseException as error:  # noqa: BLE001: reported by the main thread
+            except BaseException as error:  # reported by the main thread
                 failures.append(error)
 
         return threading.Thread(target=run)

@@ -141,7 +141,7 @@ def test_inductor_and_its_caches_keep_the_states_apart(tmp_path, monkeypatch):
     def in_thread() -> None:
         try:
             run(True)
-        except BaseException as error:  # noqa: BLE001: reported by the main thread
+        except BaseException as error:  # reported by the main thread
             failures.append(error)
 
     with torch_ext.enabled():

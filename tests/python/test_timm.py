@@ -40,8 +40,8 @@ def test_logits_and_gradients(name, training):
 def test_windowed_attention_with_a_bias_that_learns():
     """Swin: an additive mask per head, whose gradient is the relative position table's."""
     network = timm.create_model(
-        "swin_tiny_patch4_window7_224", pretrained=False, num_classes=10, img_size=56, window_size=7,
-        depths=(2, 2), num_heads=(3, 6), embed_dim=24,
+        "swin_tiny_patch4_window7_224", pretrained=False, num_classes=10, img_size=56,
+        window_size=7, depths=(2, 2), num_heads=(3, 6), embed_dim=24,
     ).eval()  # fmt: skip
     images = torch.randn(2, 3, 56, 56)
     compare_with_stock(network, lambda: network(images), tolerance=1e-4)

@@ -10,7 +10,8 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
-from transformers_models import DECODERS, VOCABULARY, decoder, padding, tokens
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers_models import DECODERS, VOCABULARY, cached, decoder, padding, tokens
 
 import torch_ext
 from torch_ext.integrations import transformers as torch_ext_hf
@@ -33,7 +34,7 @@ def ran_fused() -> bool:
 def logits_and_gradients(
     model: torch.nn.Module, labelled: Tensor | None = None, **inputs: Tensor
 ) -> dict[str, Tensor]:
-    """The logits of the labelled positions, and the parameters' gradients of their cross entropy."""
+    """The labelled positions' logits, and the parameters' gradients of their cross entropy."""
     model.zero_grad(set_to_none=True)
     logits = model(**inputs, use_cache=False).logits
     labels = torch.arange(logits[..., 0].numel()).view(logits.shape[:-1]) % VOCABULARY
@@ -112,17 +113,17 @@ def test_packed_sequences():
 
 
 def test_key_and_value_heads_are_not_repeated():
-    class Operators(torch.utils._python_dispatch.TorchDispatchMode):
-        heads: list[tuple[int, int]] = []
+    heads: list[tuple[int, int]] = []
 
+    class Operators(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if "attention_forward" in func.name():
-                self.heads.append((args[0].shape[1], args[1].shape[1]))
+                heads.append((args[0].shape[1], args[1].shape[1]))
             return func(*args, **(kwargs or {}))
 
-    with Operators() as operators:
+    with Operators():
         decoder("llama", "torch_ext")(input_ids=tokens(), attention_mask=padding("left"))
-    assert operators.heads == [(4, 2)] * 2
+    assert heads == [(4, 2)] * 2
 
 
 def test_attention_dropout_in_training():
@@ -265,6 +266,30 @@ def test_attention_sinks_are_refused():
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="torch_ext")
     with pytest.raises(ValueError, match="takes no `s_aux`"):
         model(tokens())
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3])
+@pytest.mark.parametrize("static", [False, True])
+def test_gemma_4_drops_queries_whose_logits_nobody_wants(kept, static):
+    logits = {}
+    for implementation in ("torch_ext", "sdpa"):
+        torch.manual_seed(0)
+        config = transformers.Gemma4TextConfig(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=16, global_head_dim=16,
+            num_global_key_value_heads=2, sliding_window=5, num_kv_shared_layers=2,
+            layer_types=["sliding_attention", "full_attention"] * 2, hidden_size_per_layer_input=8,
+            vocab_size_per_layer_input=VOCABULARY, pad_token_id=0,
+        )  # fmt: skip
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, attn_implementation=implementation
+        ).eval()
+        options = {}
+        if static:
+            options = cached(model, transformers.StaticCache(config=config, max_cache_len=16))
+        with torch.no_grad():
+            logits[implementation] = model(tokens(), logits_to_keep=kept, **options).logits
+    torch.testing.assert_close(logits["torch_ext"], logits["sdpa"], atol=1e-5, rtol=1e-5)
 
 
 def test_registering_twice_is_harmless_and_changes_nothing_else():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import StaticCache
-from transformers_models import DECODERS, decoder, padding, tokens
+from transformers_models import DECODERS, cached, decoder, padding, tokens
 
 import torch_ext
 from torch_ext.integrations import transformers as torch_ext_hf
@@ -78,7 +78,7 @@ def test_a_prompt_in_pieces(name):
         with torch.no_grad():
             whole = model(ids).logits
             first = model(ids[:, :5], use_cache=True)
-            second = model(ids[:, 5:], past_key_values=first.past_key_values).logits
+            second = model(ids[:, 5:], **cached(model, first.past_key_values)).logits
         torch.testing.assert_close(second, whole[:, 5:], atol=1e-3, rtol=1e-4)
         results[implementation] = second
     torch.testing.assert_close(results["torch_ext"], results["sdpa"], atol=1e-3, rtol=1e-4)
@@ -92,7 +92,7 @@ def test_first_tokens_in_an_empty_static_cache():
         model = decoder("llama", implementation)
         cache = StaticCache(config=model.config, max_cache_len=32)
         with torch.no_grad():
-            found[implementation] = model(ids, past_key_values=cache).logits
+            found[implementation] = model(ids, **cached(model, cache)).logits
             plain = model(ids, use_cache=False).logits
         torch.testing.assert_close(found[implementation], plain, atol=1e-3, rtol=1e-4)
     torch.testing.assert_close(found["torch_ext"], found["sdpa"], atol=1e-3, rtol=1e-4)
@@ -110,7 +110,7 @@ def test_compiled_decoding_with_a_static_cache(backend, fresh_dynamo):
         ids = tokens(length=length)
         with torch.no_grad():
             logits = [
-                m(ids, past_key_values=c).logits for m, c in zip((model, stock), caches, strict=True)
+                m(ids, **cached(m, c)).logits for m, c in zip((model, stock), caches, strict=True)
             ]
             for step in range(4):
                 torch.testing.assert_close(*logits, atol=1e-3, rtol=1e-4)
@@ -118,8 +118,8 @@ def test_compiled_decoding_with_a_static_cache(backend, fresh_dynamo):
                 positions = torch.tensor([[length + step]]).expand(3, 1)
                 options = {"position_ids": positions}
                 logits = [
-                    compiled(token, past_key_values=caches[0], **options).logits,
-                    stock(token, past_key_values=caches[1], **options).logits,
+                    compiled(token, **cached(model, caches[0]), **options).logits,
+                    stock(token, **cached(stock, caches[1]), **options).logits,
                 ]
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert torch_ext.last_attention_path().startswith("cpu.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -65,6 +66,12 @@ def decoder(name: str, implementation: str, **changes: Any) -> Any:
             if parameter.dim() > 1:
                 parameter.mul_(3.0)
     return model.eval()
+
+
+def cached(model: Any, cache: Any) -> dict[str, Any]:
+    """The cache under the name that this version of the library has for it."""
+    parameters = inspect.signature(model.forward).parameters
+    return {"cache" if "cache" in parameters else "past_key_values": cache}
 
 
 def tokens(batch: int = 3, length: int = 12) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["NAME", "attention_forward", "register"]
+__all__ = ["NAME", "attention_forward", "attention_mask", "register"]
 
 NAME = "torch_ext"
 
@@ -25,9 +25,15 @@ NAME = "torch_ext"
 # implementation gets no mask at all, padding or not.
 _OLDEST = "4.53"
 
+# Terms of some models' attention that softmax(scale * q k^T + mask) v lacks: without them the
+# result would be wrong in silence. softcap as sdpa refuses it; then attention sinks, chosen keys.
+_REFUSED = ("softcap", "s_aux", "sinks", "indices", "block_indices")
+
+_sdpa_mask: Any = None
+
 
 def register() -> None:
-    """Registers "torch_ext" with AttentionInterface and AttentionMaskInterface. Repeating it is harmless.
+    """Registers "torch_ext" with AttentionInterface and AttentionMaskInterface; again, harmlessly.
 
     Raises:
         ImportError: without transformers, or with one that has no AttentionMaskInterface.
@@ -43,15 +49,27 @@ def register() -> None:
         masking = importlib.import_module("transformers.masking_utils")
         attention_interface = importlib.import_module("transformers").AttentionInterface
         mask_interface = masking.AttentionMaskInterface
-        # Boolean, True = attend, or None where causal or no masking says the same.
-        mask_function = masking.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+        sdpa_mask = masking.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
     except (ImportError, AttributeError) as error:
         raise ImportError(
             f"torch_ext.integrations.transformers takes transformers {_OLDEST} or newer, "
             f"got {getattr(library, '__version__', 'an unknown version')}"
         ) from error
+    global _sdpa_mask
+    _sdpa_mask = sdpa_mask
     attention_interface.register(NAME, attention_forward)
-    mask_interface.register(NAME, mask_function)
+    mask_interface.register(NAME, attention_mask)
+
+
+def attention_mask(*arguments: Any, **options: Any) -> Tensor | None:
+    """``sdpa``'s mask: boolean, True = attend, or None where causal or no masking says the same.
+
+    Gemma 4 cuts queries off behind the mask's back where only the last logits are wanted, unless
+    there is no mask and the implementation is named "sdpa": it always gets one.
+    """
+    if str(getattr(options.get("config"), "model_type", "")).startswith("gemma4"):
+        options["allow_is_causal_skip"] = False
+    return _sdpa_mask(*arguments, **options)
 
 
 def attention_forward(
@@ -83,10 +101,11 @@ def attention_forward(
         The output, (batch, q_len, heads, value_dim) and contiguous, and None for the weights.
 
     Raises:
-        ValueError: for what a fused attention without these terms would silently leave out: ``softcap``
-            (as ``sdpa`` does), and attention sinks (``s_aux``, ``sinks``).
+        ValueError: for what would be left out in silence: ``softcap`` (as ``sdpa`` does), attention
+            sinks (``s_aux``, ``sinks``), and keys chosen by an indexer (``indices``,
+            ``block_indices``).
     """
-    for term in ("softcap", "s_aux", "sinks"):
+    for term in _REFUSED:
         if kwargs.get(term) is not None:
             raise ValueError(
                 f'torch_ext: attn_implementation="{NAME}" takes no `{term}`, got one from '
@@ -105,7 +124,9 @@ def attention_forward(
             position_bias = position_bias[..., :q_len]
         kv_len = q_len
     if position_bias is not None:
-        attention_mask = _with_position_bias(position_bias, attention_mask, is_causal, q_len, kv_len)
+        attention_mask = _with_position_bias(
+            position_bias, attention_mask, is_causal, q_len, kv_len
+        )
         is_causal = False
     out = torch.ops.torch_ext.scaled_dot_product_attention(
         query,
@@ -128,8 +149,8 @@ def _with_position_bias(
     q_len: int,
     kv_len: int,
 ) -> Tensor:
-    """One additive mask. Hidden positions get the dtype's lowest number, as in transformers, so that a
-    row of nothing but padding averages its values there and here."""
+    """One additive mask. Hidden positions get the dtype's lowest number, as in transformers: a row
+    of nothing but padding then averages its values there and here."""
     lowest = torch.finfo(position_bias.dtype).min
     if attention_mask is None:
         if not is_causal:
