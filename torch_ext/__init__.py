@@ -1,9 +1,29 @@
 """Fused attention and mini-batch kernels for PyTorch, as a drop-in."""
 
-from pathlib import Path
+from torch_ext.native_library import PACKAGE, loaded
 
-import torch
+__version__: str = loaded.build_info["version"]
 
-torch.ops.load_library(Path(__file__).parent / "lib" / "libtorch_ext.so")
+cmake_prefix_path: str = str(PACKAGE / "share" / "cmake")
+"""For ``-DCMAKE_PREFIX_PATH=``: where an installed package has what ``find_package(torch_ext)`` needs."""
 
-from torch_ext import _C  # noqa: E402, F401
+from torch_ext.attention import (
+    attention_forward,
+    last_attention_path,
+    scaled_dot_product_attention,
+    self_attention,
+)
+from torch_ext.sdpa_override import disable, enable, enabled, is_enabled
+
+__all__ = [
+    "__version__",
+    "attention_forward",
+    "cmake_prefix_path",
+    "disable",
+    "enable",
+    "enabled",
+    "is_enabled",
+    "last_attention_path",
+    "scaled_dot_product_attention",
+    "self_attention",
+]

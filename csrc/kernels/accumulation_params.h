@@ -1,8 +1,8 @@
 // What one mini-batch call is: lists of tensors to accumulate, measure or step, and the two weight
 // gradients. Filled by csrc/ops, read by every kernel, on every device.
 //
-// Alphabet of the shape comments: tokens (flattened), out_features,
-// in_features, num_embeddings, dim.
+// Alphabet of the shape comments: tokens (flattened), out_features, in_features, num_embeddings,
+// dim.
 #pragma once
 
 #include <cstdint>
@@ -12,12 +12,12 @@
 namespace torch_ext {
 
 struct Operand {
-  void *data = nullptr;
+  void* data = nullptr;
   ScalarType type = ScalarType::kFloat32;
 };
 
 struct ConstOperand {
-  const void *data = nullptr;  // a scalar operand that is null counts as not given
+  const void* data = nullptr;  // a scalar operand that is null counts as not given
   ScalarType type = ScalarType::kFloat32;
 };
 
@@ -26,8 +26,8 @@ struct ConstOperand {
 /// entry declares its operands; those that are absent have any strides.
 struct StridedLoop {
   std::int32_t dims = 0;  // 0: element i of each operand lies at data + i
-  const std::int64_t *sizes = nullptr;
-  const std::int64_t *strides = nullptr;
+  const std::int64_t* sizes = nullptr;
+  const std::int64_t* strides = nullptr;
 };
 
 /// accumulator = beta * accumulator + scale * grad; beta = 0 never reads the accumulator.
@@ -39,7 +39,7 @@ struct AccumulateEntry {
 };
 
 struct AccumulateParams {
-  const AccumulateEntry *entries = nullptr;
+  const AccumulateEntry* entries = nullptr;
   std::int64_t num_entries = 0;
   double beta = 1.0;
   ConstOperand scale{};  // one element in the kernel's own memory; none: 1
@@ -53,12 +53,12 @@ struct GradStatsEntry {
 };
 
 struct GradStatsParams {
-  const GradStatsEntry *entries = nullptr;
+  const GradStatsEntry* entries = nullptr;
   std::int64_t num_entries = 0;
   ScalarType norm_type = ScalarType::kFloat32;  // of norm and norms: kFloat32 or kFloat64
-  void *norm = nullptr;
-  void *norms = nullptr;  // (num_entries,)
-  float *found_inf = nullptr;
+  void* norm = nullptr;
+  void* norms = nullptr;  // (num_entries,)
+  float* found_inf = nullptr;
 };
 
 /// What both optimizers share. gradient = coefficient * accumulator.
@@ -85,7 +85,7 @@ struct AdamEntry {
 };
 
 struct AdamParams {
-  const AdamEntry *entries = nullptr;
+  const AdamEntry* entries = nullptr;
   std::int64_t num_entries = 0;
   OptimizerSettings settings{};
   double beta1 = 0.9;
@@ -106,7 +106,7 @@ struct SgdEntry {
 };
 
 struct SgdParams {
-  const SgdEntry *entries = nullptr;
+  const SgdEntry* entries = nullptr;
   std::int64_t num_entries = 0;
   OptimizerSettings settings{};
   double momentum = 0.0;
@@ -123,8 +123,8 @@ struct BasicMatrix {
   std::int64_t col_stride = 0;
 };
 
-using Matrix = BasicMatrix<void *>;
-using ConstMatrix = BasicMatrix<const void *>;
+using Matrix = BasicMatrix<void*>;
+using ConstMatrix = BasicMatrix<const void*>;
 
 /// weight_grad = beta * weight_grad + grad_output^T input, and bias_grad = beta * bias_grad + the
 /// sum of grad_output's rows where it is given.
@@ -149,9 +149,9 @@ struct EmbeddingGradientParams {
   /// The rows that are named, in increasing order, and for row r the tokens positions[starts[r]]
   /// ... positions[starts[r + 1] - 1] that name it, in increasing order.
   std::int64_t num_rows = 0;
-  const std::int64_t *rows = nullptr;       // (num_rows,)
-  const std::int64_t *starts = nullptr;     // (num_rows + 1,)
-  const std::int64_t *positions = nullptr;  // (starts[num_rows],)
+  const std::int64_t* rows = nullptr;       // (num_rows,)
+  const std::int64_t* starts = nullptr;     // (num_rows + 1,)
+  const std::int64_t* positions = nullptr;  // (starts[num_rows],)
   bool scale_by_frequency = false;          // each row's sum is divided by its number of tokens
   double beta = 1.0;
 };

@@ -107,9 +107,18 @@ std::string describe(const AttentionCase& spec) {
     if (spec.mask.broadcast.heads) text << " heads";
     if (spec.mask.broadcast.rows) text << " rows";
     if (spec.mask.broadcast.cols) text << " cols";
+    for (int dim = 0; dim < kMaxBatchDims; ++dim) {
+      if (spec.mask.broadcast.batch_dims[dim]) text << " batch_dim " << dim;
+    }
+    if (spec.mask.pattern == MaskPattern::kWindow) text << " window " << spec.mask.window;
+    if (spec.mask.pattern == MaskPattern::kRandom || spec.mask.pattern == MaskPattern::kBlocks) {
+      text << " density " << spec.mask.density;
+    }
     text << " excluded " << spec.mask.excluded;
   }
-  if (spec.key_padding > 0.0) text << " key_padding " << spec.key_padding;
+  if (spec.key_padding > 0.0) {
+    text << (spec.key_padding_shared ? " shared" : "") << " key_padding " << spec.key_padding;
+  }
   if (spec.is_causal) text << " causal " << spec.causal_offset;
   if (spec.dropout > 0.0) text << " dropout " << spec.dropout;
   if (spec.has_grad_logsumexp) text << " grad_logsumexp";

@@ -21,6 +21,10 @@ double root_mean_square(const std::vector<double>& values) {
   return values.empty() ? 0.0 : std::sqrt(sum / static_cast<double>(values.size()));
 }
 
+int failures_so_far() {
+  return ::testing::UnitTest::GetInstance()->current_test_info()->result()->total_part_count();
+}
+
 template <typename Params>
 std::string run_kernel(const char* what, std::size_t (*workspace_bytes)(const Params&, int),
                        KernelPath (*kernel)(const Params&, const TaskRunner&, void*),
@@ -137,8 +141,9 @@ std::string run_backward(const KernelTable& kernel, const AttentionProblem& prob
   return path;
 }
 
-void check_attention(const KernelTable& kernel, const AttentionProblem& problem) {
+bool check_attention(const KernelTable& kernel, const AttentionProblem& problem) {
   SCOPED_TRACE(describe(problem.spec));
+  const int failures_before = failures_so_far();
   const AttentionCase& spec = problem.spec;
   const AttentionShape& shape = problem.shape;
   const ThreadTaskRunner runner(2);
@@ -162,7 +167,9 @@ void check_attention(const KernelTable& kernel, const AttentionProblem& problem)
     expect_close("logsumexp", problem.logsumexp.values(), exact.logsumexp.values(),
                  scaled(logsumexp_bound(spec.dtype)), 1.0);
   }
-  if (spec.forward_only || ::testing::Test::HasFailure()) return;
+  if (spec.forward_only || failures_so_far() != failures_before) {
+    return failures_so_far() == failures_before;
+  }
 
   attention_backward_reference(exact.backward_params());
   run_backward(kernel, problem, runner);
@@ -189,10 +196,11 @@ void check_attention(const KernelTable& kernel, const AttentionProblem& problem)
     expect_close("grad_mask", problem.grad_mask.values(), exact.grad_mask.values(), gradient,
                  grad_weight_size * std::sqrt(reduced) / attended);
   }
+  return failures_so_far() == failures_before;
 }
 
-void check_attention(const KernelTable& kernel, const AttentionCase& spec) {
-  check_attention(kernel, AttentionProblem(spec));
+bool check_attention(const KernelTable& kernel, const AttentionCase& spec) {
+  return check_attention(kernel, AttentionProblem(spec));
 }
 
 }  // namespace torch_ext::testing

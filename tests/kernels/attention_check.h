@@ -36,8 +36,8 @@ std::string run_backward(const KernelTable& kernel, const AttentionProblem& prob
                          const TaskRunner& runner);
 
 /// Forward and backward of the kernel against the reference. The backward pass gets the kernel's
-/// own out and logsumexp.
-void check_attention(const KernelTable& kernel, const AttentionProblem& problem);
-void check_attention(const KernelTable& kernel, const AttentionCase& spec);
+/// own out and logsumexp. Returns whether all was as expected.
+bool check_attention(const KernelTable& kernel, const AttentionProblem& problem);
+bool check_attention(const KernelTable& kernel, const AttentionCase& spec);
 
 }  // namespace torch_ext::testing

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <ostream>
 #include <string>
 #include <vector>
 
@@ -14,6 +15,8 @@ struct KernelUnderTest {
   std::string name;  // also the prefix of the test's name
   const KernelTable* table;
 };
+
+inline void PrintTo(const KernelUnderTest& kernel, std::ostream* out) { *out << kernel.name; }
 
 /// In the order of CpuCapability, then the emulated wide instruction sets.
 std::vector<KernelUnderTest> kernels_under_test();

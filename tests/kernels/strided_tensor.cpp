@@ -46,6 +46,7 @@ Broadcast with_layout(Broadcast broadcast, Layout layout) {
   broadcast.heads |= all || layout == Layout::kExpandedHeads;
   broadcast.rows |= all || layout == Layout::kExpandedRows;
   broadcast.cols |= all;
+  for (bool& dim : broadcast.batch_dims) dim |= broadcast.batch;
   return broadcast;
 }
 
@@ -90,7 +91,7 @@ StridedTensor::StridedTensor(ScalarType type, const TensorExtent& extent, Layout
   broadcast = with_layout(broadcast, layout);
   DimArray stored = dims_of(extent);
   for (int dim = 0; dim < kMaxBatchDims; ++dim) {
-    if (broadcast.batch) stored[dim] = 1;
+    if (broadcast.batch_dims[dim]) stored[dim] = 1;
   }
   if (broadcast.heads) stored[kHeadDim] = 1;
   if (broadcast.rows) stored[kRowDim] = 1;
@@ -108,7 +109,7 @@ StridedTensor::StridedTensor(ScalarType type, const TensorExtent& extent, Layout
   base_ = layout == Layout::kPaddedRows ? 1 : 0;
 
   for (int dim = 0; dim < kMaxBatchDims; ++dim) {
-    view_.batch_strides[dim] = broadcast.batch ? 0 : strides[dim];
+    view_.batch_strides[dim] = broadcast.batch_dims[dim] ? 0 : strides[dim];
   }
   view_.head_stride = broadcast.heads ? 0 : strides[kHeadDim];
   view_.row_stride = broadcast.rows ? 0 : strides[kRowDim];

@@ -51,6 +51,7 @@ struct Broadcast {
   bool heads = false;
   bool rows = false;
   bool cols = false;
+  std::array<bool, kMaxBatchDims> batch_dims{};  // single ones
 };
 
 class StridedTensor {

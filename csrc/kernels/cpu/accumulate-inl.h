@@ -6,13 +6,13 @@ constexpr std::int64_t kStreamingBytes = 16 << 20;
 
 /// A vector to an address aligned to the vector, past the caches.
 template <typename T>
-TORCH_EXT_INLINE void store_streaming(void *target, Vec<T> x) {
+TORCH_EXT_INLINE void store_streaming(void* target, Vec<T> x) {
 #if defined(TORCH_EXT_HAS_AVX512)
-  _mm512_stream_ps(static_cast<float *>(target), (__m512)x);
+  _mm512_stream_ps(static_cast<float*>(target), (__m512)x);
 #elif defined(TORCH_EXT_HAS_AVX2)
-  _mm256_stream_ps(static_cast<float *>(target), (__m256)x);
+  _mm256_stream_ps(static_cast<float*>(target), (__m256)x);
 #else
-  *static_cast<Vec<T> *>(target) = x;
+  *static_cast<Vec<T>*>(target) = x;
 #endif
 }
 
@@ -24,7 +24,7 @@ TORCH_EXT_INLINE void fence_streaming() {
 }
 
 template <typename T, ScalarType kType>
-TORCH_EXT_INLINE Vec<T> load_typed(const char *source) {
+TORCH_EXT_INLINE Vec<T> load_typed(const char* source) {
   if constexpr (sizeof(T) == 8 && kType == ScalarType::kFloat32) {
     FloatHalfVector narrow;
     __builtin_memcpy(&narrow, source, sizeof narrow);
@@ -35,7 +35,7 @@ TORCH_EXT_INLINE Vec<T> load_typed(const char *source) {
 }
 
 template <typename T, ScalarType kAccumulator, ScalarType kGrad, bool kOverwrite>
-TORCH_EXT_INLINE Vec<T> accumulate_vector(const char *accumulator, const char *grad, T beta,
+TORCH_EXT_INLINE Vec<T> accumulate_vector(const char* accumulator, const char* grad, T beta,
                                           T scale) {
   const Vec<T> addend = load_typed<T, kGrad>(grad) * scale;
   if constexpr (kOverwrite) return addend;
@@ -44,7 +44,7 @@ TORCH_EXT_INLINE Vec<T> accumulate_vector(const char *accumulator, const char *g
 
 /// `count` < kLanes elements, by the same arithmetic.
 template <typename T, bool kOverwrite>
-static void accumulate_few(char *accumulator, ScalarType accumulator_type, const char *grad,
+static void accumulate_few(char* accumulator, ScalarType accumulator_type, const char* grad,
                            ScalarType grad_type, std::int64_t count, T beta, T scale) {
   if (count <= 0) return;
   Vec<T> sum = load_elements<T>(grad, grad_type, 1, count) * scale;
@@ -61,8 +61,8 @@ struct AccumulateScalars {
 };
 
 template <ScalarType kAccumulator, ScalarType kGrad, bool kOverwrite>
-static void accumulate_dense(char *accumulator, const char *grad, std::int64_t count,
-                             const AccumulateScalars &scalars) {
+static void accumulate_dense(char* accumulator, const char* grad, std::int64_t count,
+                             const AccumulateScalars& scalars) {
   constexpr bool kIsDouble = kAccumulator == ScalarType::kFloat64 || kGrad == ScalarType::kFloat64;
   using T = std::conditional_t<kIsDouble, double, float>;
   constexpr int kLanes = Simd<T>::kLanes;
@@ -114,7 +114,7 @@ struct TypeConstant {
 
 /// Calls `body` with the element type as a constant.
 template <typename Body>
-TORCH_EXT_INLINE void with_floating_type(ScalarType type, const Body &body) {
+TORCH_EXT_INLINE void with_floating_type(ScalarType type, const Body& body) {
   switch (type) {
     case ScalarType::kFloat32:
       return body(TypeConstant<ScalarType::kFloat32>{});
@@ -131,8 +131,8 @@ TORCH_EXT_INLINE void with_floating_type(ScalarType type, const Body &body) {
 }
 
 template <bool kOverwrite>
-static void accumulate_elements(const AccumulateEntry &entry, std::int64_t first,
-                                std::int64_t count, const AccumulateScalars &scalars) {
+static void accumulate_elements(const AccumulateEntry& entry, std::int64_t first,
+                                std::int64_t count, const AccumulateScalars& scalars) {
   with_floating_type(entry.accumulator.type, [&](auto accumulator_type) {
     with_floating_type(entry.grad.type, [&](auto grad_type) {
       constexpr ScalarType kAccumulator = decltype(accumulator_type)::kType;
@@ -145,8 +145,8 @@ static void accumulate_elements(const AccumulateEntry &entry, std::int64_t first
 }
 
 template <typename T>
-static void accumulate_strips(const AccumulateEntry &entry, std::int64_t first, std::int64_t end,
-                              const AccumulateScalars &scalars) {
+static void accumulate_strips(const AccumulateEntry& entry, std::int64_t first, std::int64_t end,
+                              const AccumulateScalars& scalars) {
   constexpr int kLanes = Simd<T>::kLanes;
   alignas(64) T sums[kStripElements];
   alignas(64) T addends[kStripElements];
@@ -172,7 +172,7 @@ static void accumulate_strips(const AccumulateEntry &entry, std::int64_t first, 
   }
 }
 
-static void accumulate(const AccumulateParams &params, const TaskRunner &runner) {
+static void accumulate(const AccumulateParams& params, const TaskRunner& runner) {
   AccumulateScalars scalars{params.beta, scalar_operand(params.scale, 1.0), false};
   if (params.beta == 0.0) {
     std::int64_t bytes = 0;
@@ -183,7 +183,7 @@ static void accumulate(const AccumulateParams &params, const TaskRunner &runner)
   }
   run_list(runner, params.entries, params.num_entries,
            [&](std::int64_t index, std::int64_t first, std::int64_t end) {
-             const AccumulateEntry &entry = params.entries[index];
+             const AccumulateEntry& entry = params.entries[index];
              if (entry.loop.dims != 0) {
                const bool is_double = entry.accumulator.type == ScalarType::kFloat64 ||
                                       entry.grad.type == ScalarType::kFloat64;

@@ -60,6 +60,8 @@ struct BackwardKernel {
   char* workspace;
   DropoutState dropout;
 
+  static constexpr T kLowestLogsumexp = static_cast<T>(sizeof(T) == 8 ? -1e16 : -1e8);
+
   std::int64_t group() const { return params.shape.group(); }
 
   BackwardScratch<Policy> scratch_of(int worker) const {
@@ -119,7 +121,9 @@ struct BackwardKernel {
                                   params.dtype, grad_out.col_stride, wanted);
         }
         const T row_logsumexp = logsumexp[slice * shape.q_len + i];
-        const bool attends = row_logsumexp != -kInfinity<T>;
+        // A finite mask that leaves a row nothing but its lowest values: their logsumexp, rounded to
+        // multiples of 8 and more, tells no weights apart. No gradient, as for -inf.
+        const bool attends = !(row_logsumexp < kLowestLogsumexp);
         T delta = horizontal_sum<T>(sum);
         if (grad_logsumexp != nullptr && attends) delta -= grad_logsumexp[slice * shape.q_len + i];
         scratch.delta[g * shape.q_len + i] = delta;
@@ -172,7 +176,10 @@ struct BackwardKernel {
               score = lanes > last ? excluded : score;
             }
           }
-          const Vec<T> x = score - logsumexp;
+          Vec<T> x = score - logsumexp;
+          // Weights are at most 1, but for the rounding of huge scores that a mask makes. The bound
+          // comes first: a NaN stays.
+          if constexpr (kMasked) x = vector_min(broadcast(static_cast<T>(1)), x);
           Vec<T> w = exp2_vector(x);
           Vec<T> grad_weight = load<T>(scratch.grad_score + place);
           IntVector kept;

@@ -358,8 +358,7 @@ struct ForwardKernel {
         scratch.take<char>(staged_rows_bytes<Policy>(plan.kv_block, shape.value_dim));
     T* scores = scratch.take<T>(plan.kv_block * kSubTile);
 
-    constexpr int kMaxTiles = 4;
-    QueryTile<Policy> tiles[kMaxTiles];
+    QueryTile<Policy> tiles[kMaxSubTiles];
     const std::int64_t first_row = row_tile * plan.super_tile;
     const std::int64_t last_row = min_of(first_row + plan.super_tile, plan.rows);
     int num_tiles = 0;
@@ -403,16 +402,19 @@ struct ForwardKernel {
           stage(block, key_base, value_base, key_buffer, value_buffer);
           staged = true;
         }
-        const bool diagonal = first + block.count > tile.first_allowed_end;
+        prefetch_share(first + plan.kv_block, kv_end, t, num_tiles, key_base, value_base);
+        KeyBlock<Policy> visible = block;
+        visible.count = min_of(block.count, tile.last_allowed_end - first);
+        const bool diagonal = first + visible.count > tile.first_allowed_end;
         switch (tile.vectors) {
           case 1:
-            process<1>(tile, block, scores, mask, diagonal);
+            process<1>(tile, visible, scores, mask, diagonal);
             break;
           case 2:
-            process<2>(tile, block, scores, mask, diagonal);
+            process<2>(tile, visible, scores, mask, diagonal);
             break;
           default:
-            process<kMaxVectors>(tile, block, scores, mask, diagonal);
+            process<kMaxVectors>(tile, visible, scores, mask, diagonal);
         }
       }
     }
@@ -423,6 +425,26 @@ struct ForwardKernel {
       } else {
         finish(tiles[t], row, batch, kv_head);
       }
+    }
+  }
+
+  /// Asks for the rows of the next block that fall to tile `t`, while this one is computed: left to
+  /// the hardware, four broadcast streams of short rows arrive late (measured 5% of fp32).
+  void prefetch_share(std::int64_t first, std::int64_t kv_end, int t, int num_tiles,
+                      std::int64_t key_base, std::int64_t value_base) const {
+    const std::int64_t count = min_of(plan.kv_block, kv_end - first);
+    const std::int64_t end = first + count * (t + 1) / num_tiles;
+    const auto prefetch_row = [&](const ConstStridedView& view, std::int64_t base,
+                                  std::int64_t key, std::int64_t columns) {
+      if (view.col_stride != 1) return;
+      const char* row = element_at(view.data, params.dtype, base + key * view.row_stride);
+      for (std::int64_t byte = 0; byte < columns * bytes_of(params.dtype); byte += 64) {
+        __builtin_prefetch(row + byte, 0, 2);
+      }
+    };
+    for (std::int64_t key = first + count * t / num_tiles; key < end; ++key) {
+      prefetch_row(params.key, key_base, key, params.shape.head_dim);
+      prefetch_row(params.value, value_base, key, params.shape.value_dim);
     }
   }
 
@@ -441,6 +463,7 @@ struct ForwardKernel {
                       params.dtype, params.value.row_stride, params.value.col_stride, block.count,
                       shape.value_dim, value_buffer, false, true)
                       .over_rows;
+    block.key.far = block.value.far = params.dtype == kNativeType<Policy>;
   }
 
   /// Joins the splits of one row in their order.

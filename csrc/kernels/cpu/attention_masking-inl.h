@@ -18,18 +18,24 @@ TORCH_EXT_INLINE TileClass classify_key_padding(const std::uint8_t* padding, std
   return any_kept ? TileClass::kMixed : TileClass::kEmpty;
 }
 
-/// What the mask adds for `count` <= kLanes consecutive keys of one query, in the log2 domain.
+/// What the mask adds for `count` <= kLanes consecutive keys of one query, in the natural domain.
 template <typename T>
 TORCH_EXT_INLINE Vec<T> load_mask(const void* row, ScalarType type, std::int64_t col_stride,
                                   std::int64_t key, std::int64_t count) {
-  const char* source = element_at(row, type, key * col_stride);
-  return load_elements<T>(source, type, col_stride, count) * static_cast<T>(kLog2eDouble);
+  return load_elements<T>(element_at(row, type, key * col_stride), type, col_stride, count);
 }
+
+/// Finite masks do not go below this: the lowest value of the dtype, with which rows are masked by
+/// those who want uniform weights where nothing is left, must not become -inf in the log2 domain.
+template <typename T>
+constexpr T kLowestMask = static_cast<T>(sizeof(T) == 8 ? -1.24e308 : -2.358e38);
 
 template <typename T>
 TORCH_EXT_INLINE Vec<T> add_mask(Vec<T> score, Vec<T> mask) {
   const Vec<T> masked = broadcast(-kInfinity<T>);
-  return mask == masked ? masked : score + mask;
+  const Vec<T> added =
+      score + vector_max(broadcast(kLowestMask<T>), mask) * static_cast<T>(kLog2eDouble);
+  return mask == masked ? masked : added;
 }
 
 /// scores[key][lane] of lanes = queries += mask; row_of(lane) gives each lane's row of the mask.

@@ -58,6 +58,9 @@ struct ForwardPlan {
 
 inline constexpr std::int64_t kDecodeRows = 4;
 
+/// Most sub-tiles that share a staged block of K and V.
+inline constexpr std::int64_t kMaxSubTiles = 16;
+
 ForwardPlan plan_forward(const AttentionForwardParams& params, const TileGeometry& geometry,
                          int num_workers);
 

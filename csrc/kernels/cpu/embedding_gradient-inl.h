@@ -8,7 +8,7 @@ constexpr std::int64_t kEmbeddingChain = 256;    // tokens added up before they 
 constexpr std::int64_t kEmbeddingGapRows = 256;  // of a task over rows that no token names
 
 /// First index in the sorted array whose value is not below `value`.
-TORCH_EXT_INLINE std::int64_t first_not_below(const std::int64_t *sorted, std::int64_t count,
+TORCH_EXT_INLINE std::int64_t first_not_below(const std::int64_t* sorted, std::int64_t count,
                                               std::int64_t value) {
   std::int64_t low = 0;
   while (low < count) {
@@ -24,15 +24,15 @@ TORCH_EXT_INLINE std::int64_t first_not_below(const std::int64_t *sorted, std::i
 
 /// weight[row][first_col ...] = beta * itself + addend (null: nothing).
 template <typename T>
-static void store_embedding_row(const EmbeddingGradientParams &params, std::int64_t row,
-                                std::int64_t first_col, std::int64_t cols, const T *addend,
+static void store_embedding_row(const EmbeddingGradientParams& params, std::int64_t row,
+                                std::int64_t first_col, std::int64_t cols, const T* addend,
                                 T factor) {
   constexpr int kLanes = Simd<T>::kLanes;
-  const Matrix &weight = params.weight_grad;
+  const Matrix& weight = params.weight_grad;
   const T beta = static_cast<T>(params.beta);
   for (std::int64_t col = 0; col < cols; col += kLanes) {
     const std::int64_t count = min_of(kLanes, cols - col);
-    char *target = element_at(weight.data, weight.type,
+    char* target = element_at(weight.data, weight.type,
                               row * weight.row_stride + (first_col + col) * weight.col_stride);
     Vec<T> sum = addend == nullptr ? Vec<T>{} : load<T>(addend + col) * factor;
     if (params.beta != 0.0) {
@@ -43,13 +43,13 @@ static void store_embedding_row(const EmbeddingGradientParams &params, std::int6
 }
 
 template <typename T>
-static void add_embedding_tokens(const EmbeddingGradientParams &params, std::int64_t begin,
+static void add_embedding_tokens(const EmbeddingGradientParams& params, std::int64_t begin,
                                  std::int64_t end, std::int64_t first_col, std::int64_t cols,
-                                 T *sums) {
+                                 T* sums) {
   constexpr int kLanes = Simd<T>::kLanes;
-  const ConstMatrix &grads = params.grad_output;
+  const ConstMatrix& grads = params.grad_output;
   for (std::int64_t i = begin; i < end; ++i) {
-    const char *source =
+    const char* source =
         element_at(grads.data, grads.type,
                    params.positions[i] * grads.row_stride + first_col * grads.col_stride);
     if (i + 1 < end) {
@@ -66,7 +66,7 @@ static void add_embedding_tokens(const EmbeddingGradientParams &params, std::int
 }
 
 template <typename T>
-static void embedding_row(const EmbeddingGradientParams &params, std::int64_t index,
+static void embedding_row(const EmbeddingGradientParams& params, std::int64_t index,
                           std::int64_t first_col, std::int64_t cols) {
   constexpr int kLanes = Simd<T>::kLanes;
   alignas(64) T total[kEmbeddingCols];
@@ -90,8 +90,8 @@ static void embedding_row(const EmbeddingGradientParams &params, std::int64_t in
 }
 
 template <typename T>
-static void run_embedding_gradient(const EmbeddingGradientParams &params,
-                                   const TaskRunner &runner) {
+static void run_embedding_gradient(const EmbeddingGradientParams& params,
+                                   const TaskRunner& runner) {
   const auto ceil_div = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
   const std::int64_t num_tokens = params.num_rows == 0 ? 0 : params.starts[params.num_rows];
   const std::int64_t col_tasks = ceil_div(params.dim, kEmbeddingCols);
@@ -124,7 +124,7 @@ static void run_embedding_gradient(const EmbeddingGradientParams &params,
   });
 }
 
-static void embedding_gradient(const EmbeddingGradientParams &params, const TaskRunner &runner) {
+static void embedding_gradient(const EmbeddingGradientParams& params, const TaskRunner& runner) {
   const bool is_double = params.weight_grad.type == ScalarType::kFloat64 ||
                          params.grad_output.type == ScalarType::kFloat64;
   is_double ? run_embedding_gradient<double>(params, runner)

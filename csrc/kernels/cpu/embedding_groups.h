@@ -15,12 +15,12 @@ struct EmbeddingGroups {
 
 /// The first index outside [0, num_embeddings), if any.
 template <typename Index>
-std::optional<std::int64_t> find_index_out_of_range(const Index *indices, std::int64_t num_tokens,
+std::optional<std::int64_t> find_index_out_of_range(const Index* indices, std::int64_t num_tokens,
                                                     std::int64_t num_embeddings);
 
 /// Indices in range only; tokens that name `padding_idx` are left out.
 template <typename Index>
-EmbeddingGroups group_by_row(const Index *indices, std::int64_t num_tokens,
+EmbeddingGroups group_by_row(const Index* indices, std::int64_t num_tokens,
                              std::int64_t num_embeddings, std::int64_t padding_idx);
 
 }  // namespace torch_ext

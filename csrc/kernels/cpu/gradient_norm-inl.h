@@ -10,7 +10,7 @@ struct DoublePair {
 };
 
 template <ScalarType kType>
-TORCH_EXT_INLINE DoublePair load_double_pair(const char *source) {
+TORCH_EXT_INLINE DoublePair load_double_pair(const char* source) {
   if constexpr (kType == ScalarType::kFloat64) {
     return {load<double>(source), load<double>(source + TORCH_EXT_VECTOR_BYTES)};
   } else if constexpr (kType == ScalarType::kFloat32) {
@@ -36,7 +36,7 @@ constexpr double kDownscale = 0x1p-540;
 
 /// Sum of x^2, or of (kDownscale * x)^2.
 template <ScalarType kType, bool kDownscaled>
-static BlockNorm sum_squares(const char *source, std::int64_t count) {
+static BlockNorm sum_squares(const char* source, std::int64_t count) {
   constexpr int kLanes = 2 * kDoubleLanes;
   DoubleVector sums[2 * kNormChains] = {};
   // Of fp64 alone a finite element's square may be infinite: x * 0 is NaN where x is not finite.
@@ -80,7 +80,7 @@ static BlockNorm sum_squares(const char *source, std::int64_t count) {
 }
 
 template <bool kDownscaled>
-static BlockNorm sum_squares_of_block(const GradStatsEntry &entry, std::int64_t block) {
+static BlockNorm sum_squares_of_block(const GradStatsEntry& entry, std::int64_t block) {
   BlockNorm result{0.0, true};
   if (entry.loop.dims == 0) {
     const std::int64_t begin = block * kListBlock;
@@ -96,16 +96,16 @@ static BlockNorm sum_squares_of_block(const GradStatsEntry &entry, std::int64_t 
   if (entry.grad.type == ScalarType::kFloat64) {
     alignas(64) double values[kStripElements];
     gather_strip<double>(entry.grad.data, entry.grad.type, place, strip, values);
-    return sum_squares<ScalarType::kFloat64, kDownscaled>(reinterpret_cast<const char *>(values),
+    return sum_squares<ScalarType::kFloat64, kDownscaled>(reinterpret_cast<const char*>(values),
                                                           strip.rows * strip_pitch<double>(strip));
   }
   alignas(64) float values[kStripElements];
   gather_strip<float>(entry.grad.data, entry.grad.type, place, strip, values);
-  return sum_squares<ScalarType::kFloat32, kDownscaled>(reinterpret_cast<const char *>(values),
+  return sum_squares<ScalarType::kFloat32, kDownscaled>(reinterpret_cast<const char*>(values),
                                                         strip.rows * strip_pitch<float>(strip));
 }
 
-static std::size_t grad_stats_workspace(const GradStatsParams &params) {
+static std::size_t grad_stats_workspace(const GradStatsParams& params) {
   std::int64_t blocks = 0;
   for (std::int64_t i = 0; i < params.num_entries; ++i) {
     blocks += count_blocks(params.entries[i].count, params.entries[i].loop);
@@ -115,11 +115,11 @@ static std::size_t grad_stats_workspace(const GradStatsParams &params) {
                                   (params.num_entries + 1) * 8 + 64);
 }
 
-TORCH_EXT_INLINE void store_norm(void *target, ScalarType type, std::int64_t index, double value) {
+TORCH_EXT_INLINE void store_norm(void* target, ScalarType type, std::int64_t index, double value) {
   if (type == ScalarType::kFloat64) {
-    static_cast<double *>(target)[index] = value;
+    static_cast<double*>(target)[index] = value;
   } else {
-    static_cast<float *>(target)[index] = static_cast<float>(value);
+    static_cast<float*>(target)[index] = static_cast<float>(value);
   }
 }
 
@@ -129,8 +129,8 @@ struct NormPass {
 };
 
 template <bool kDownscaled>
-static NormPass norm_pass(const GradStatsParams &params, const TaskRunner &runner,
-                          const std::int64_t *first_blocks, BlockNorm *norms) {
+static NormPass norm_pass(const GradStatsParams& params, const TaskRunner& runner,
+                          const std::int64_t* first_blocks, BlockNorm* norms) {
   run_list(runner, params.entries, params.num_entries,
            [&](std::int64_t index, std::int64_t first, std::int64_t end) {
              for (std::int64_t block = first; block < end; ++block) {
@@ -155,15 +155,15 @@ static NormPass norm_pass(const GradStatsParams &params, const TaskRunner &runne
   return pass;
 }
 
-static void grad_stats(const GradStatsParams &params, const TaskRunner &runner, void *workspace) {
-  std::int64_t *const first_blocks = static_cast<std::int64_t *>(workspace);
+static void grad_stats(const GradStatsParams& params, const TaskRunner& runner, void* workspace) {
+  std::int64_t* const first_blocks = static_cast<std::int64_t*>(workspace);
   std::int64_t blocks = 0;
   for (std::int64_t i = 0; i < params.num_entries; ++i) {
     first_blocks[i] = blocks;
     blocks += count_blocks(params.entries[i].count, params.entries[i].loop);
   }
   first_blocks[params.num_entries] = blocks;
-  BlockNorm *const norms = reinterpret_cast<BlockNorm *>(first_blocks + params.num_entries + 1);
+  BlockNorm* const norms = reinterpret_cast<BlockNorm*>(first_blocks + params.num_entries + 1);
 
   const NormPass pass = norm_pass<false>(params, runner, first_blocks, norms);
   if (pass.finite && pass.total > 1e308) norm_pass<true>(params, runner, first_blocks, norms);

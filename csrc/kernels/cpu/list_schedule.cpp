@@ -15,15 +15,15 @@ constexpr std::int64_t kEntryCost = 128;
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-std::int64_t loop_rows(const StridedLoop &loop) {
+std::int64_t loop_rows(const StridedLoop& loop) {
   return loop.dims >= 2 ? loop.sizes[loop.dims - 2] : 1;
 }
 
-std::int64_t loop_cols(const StridedLoop &loop) { return loop.sizes[loop.dims - 1]; }
+std::int64_t loop_cols(const StridedLoop& loop) { return loop.sizes[loop.dims - 1]; }
 
 }  // namespace
 
-std::int64_t count_blocks(std::int64_t count, const StridedLoop &loop) {
+std::int64_t count_blocks(std::int64_t count, const StridedLoop& loop) {
   if (count == 0) return 0;
   if (loop.dims == 0) return ceil_div(count, kListBlock);
   const std::int64_t rows = loop_rows(loop);
@@ -31,7 +31,7 @@ std::int64_t count_blocks(std::int64_t count, const StridedLoop &loop) {
   return count / (rows * cols) * ceil_div(rows, kStripRows) * ceil_div(cols, kStripCols);
 }
 
-Strip strip_at(const StridedLoop &loop, std::int64_t block) {
+Strip strip_at(const StridedLoop& loop, std::int64_t block) {
   const std::int64_t rows = loop_rows(loop);
   const std::int64_t cols = loop_cols(loop);
   const std::int64_t col_blocks = ceil_div(cols, kStripCols);
@@ -45,8 +45,8 @@ Strip strip_at(const StridedLoop &loop, std::int64_t block) {
   return strip;
 }
 
-StripPlace strip_place(const StridedLoop &loop, const Strip &strip, int operand) {
-  const std::int64_t *strides = loop.strides + static_cast<std::int64_t>(operand) * loop.dims;
+StripPlace strip_place(const StridedLoop& loop, const Strip& strip, int operand) {
+  const std::int64_t* strides = loop.strides + static_cast<std::int64_t>(operand) * loop.dims;
   StripPlace place{0, 0, strides[loop.dims - 1]};
   place.offset = strip.col * place.col_stride;
   if (loop.dims < 2) return place;
@@ -61,7 +61,7 @@ StripPlace strip_place(const StridedLoop &loop, const Strip &strip, int operand)
 }
 
 template <typename Entry>
-ListSchedule::ListSchedule(const Entry *entries, std::int64_t num_entries, int num_workers) {
+ListSchedule::ListSchedule(const Entry* entries, std::int64_t num_entries, int num_workers) {
   std::int64_t weight = 0;
   for (std::int64_t i = 0; i < num_entries; ++i) weight += kEntryCost + entries[i].count;
   // A list that is worth a few tasks only is cut evenly.
@@ -74,17 +74,17 @@ ListSchedule::ListSchedule(const Entry *entries, std::int64_t num_entries, int n
   if (tasks_[num_tasks_].entry < num_entries) push({num_entries, 0});
 }
 
-template ListSchedule::ListSchedule(const AccumulateEntry *, std::int64_t, int);
-template ListSchedule::ListSchedule(const GradStatsEntry *, std::int64_t, int);
-template ListSchedule::ListSchedule(const AdamEntry *, std::int64_t, int);
-template ListSchedule::ListSchedule(const SgdEntry *, std::int64_t, int);
+template ListSchedule::ListSchedule(const AccumulateEntry*, std::int64_t, int);
+template ListSchedule::ListSchedule(const GradStatsEntry*, std::int64_t, int);
+template ListSchedule::ListSchedule(const AdamEntry*, std::int64_t, int);
+template ListSchedule::ListSchedule(const SgdEntry*, std::int64_t, int);
 
 ListSchedule::~ListSchedule() { delete[] tasks_; }
 
 void ListSchedule::push(ListPosition position) {
   if (num_tasks_ + 1 == capacity_) {
     const std::int64_t capacity = std::max<std::int64_t>(64, 2 * capacity_);
-    ListPosition *const grown = new ListPosition[static_cast<std::size_t>(capacity)];
+    ListPosition* const grown = new ListPosition[static_cast<std::size_t>(capacity)];
     std::copy(tasks_, tasks_ + capacity_, grown);
     delete[] tasks_;
     tasks_ = grown;
@@ -93,7 +93,7 @@ void ListSchedule::push(ListPosition position) {
   tasks_[++num_tasks_] = position;
 }
 
-void ListSchedule::add(std::int64_t entry, std::int64_t count, const StridedLoop &loop) {
+void ListSchedule::add(std::int64_t entry, std::int64_t count, const StridedLoop& loop) {
   open_weight_ += kEntryCost;
   if (open_weight_ + count < task_weight_) {
     open_weight_ += count;

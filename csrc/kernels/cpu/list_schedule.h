@@ -20,7 +20,7 @@ inline constexpr std::int64_t kStripRows = 16;
 inline constexpr std::int64_t kStripCols = 128;
 
 /// Number of blocks of an entry.
-std::int64_t count_blocks(std::int64_t count, const StridedLoop &loop);
+std::int64_t count_blocks(std::int64_t count, const StridedLoop& loop);
 
 /// Where one strip lies.
 struct Strip {
@@ -31,7 +31,7 @@ struct Strip {
   std::int64_t outer = 0;  // flattened index of the other dimensions
 };
 
-Strip strip_at(const StridedLoop &loop, std::int64_t block);
+Strip strip_at(const StridedLoop& loop, std::int64_t block);
 
 /// Element offset of the strip's first element in operand `operand`, and its two strides.
 struct StripPlace {
@@ -40,7 +40,7 @@ struct StripPlace {
   std::int64_t col_stride;
 };
 
-StripPlace strip_place(const StridedLoop &loop, const Strip &strip, int operand);
+StripPlace strip_place(const StridedLoop& loop, const Strip& strip, int operand);
 
 /// The first block of a task; the task ends where the next one begins.
 struct ListPosition {
@@ -54,30 +54,30 @@ class ListSchedule {
   /// Instantiated in the .cpp for each kind of entry: an instruction set's file, which includes
   /// this, must not emit std code of its own.
   template <typename Entry>
-  ListSchedule(const Entry *entries, std::int64_t num_entries, int num_workers);
+  ListSchedule(const Entry* entries, std::int64_t num_entries, int num_workers);
   ~ListSchedule();
-  ListSchedule(const ListSchedule &) = delete;
-  ListSchedule &operator=(const ListSchedule &) = delete;
+  ListSchedule(const ListSchedule&) = delete;
+  ListSchedule& operator=(const ListSchedule&) = delete;
 
   std::int64_t num_tasks() const { return num_tasks_; }
   ListPosition task_begin(std::int64_t task) const { return tasks_[task]; }
   ListPosition task_end(std::int64_t task) const { return tasks_[task + 1]; }
 
  private:
-  void add(std::int64_t entry, std::int64_t count, const StridedLoop &loop);
+  void add(std::int64_t entry, std::int64_t count, const StridedLoop& loop);
   void push(ListPosition position);
 
   std::int64_t task_weight_ = 1;
   std::int64_t open_weight_ = 0;
   std::int64_t num_tasks_ = -1;
   std::int64_t capacity_ = 0;
-  ListPosition *tasks_ = nullptr;
+  ListPosition* tasks_ = nullptr;
 };
 
 /// As run_tasks(), but each worker starts in a contiguous range of its own, so that the memory it
 /// touches lies together, and then takes over what others have left.
 template <typename Task>
-void run_contiguous_tasks(const TaskRunner &runner, std::int64_t num_tasks, const Task &task) {
+void run_contiguous_tasks(const TaskRunner& runner, std::int64_t num_tasks, const Task& task) {
   constexpr int kMaxRanges = 128;
   if (num_tasks <= 0) return;
   const int num_workers = runner.num_workers();
@@ -97,7 +97,7 @@ void run_contiguous_tasks(const TaskRunner &runner, std::int64_t num_tasks, cons
   }
   runner.run([&](int worker) {
     for (int i = 0; i < num_ranges; ++i) {
-      Range &range = ranges[(worker + i) % num_ranges];
+      Range& range = ranges[(worker + i) % num_ranges];
       for (;;) {
         const std::int64_t index = range.next.fetch_add(1, std::memory_order_relaxed);
         if (index >= range.end) break;
@@ -109,8 +109,8 @@ void run_contiguous_tasks(const TaskRunner &runner, std::int64_t num_tasks, cons
 
 /// Calls `body(entry, first_block, end_block)` for each piece of the list.
 template <typename Entry, typename Body>
-void run_list(const TaskRunner &runner, const Entry *entries, std::int64_t num_entries,
-              const Body &body) {
+void run_list(const TaskRunner& runner, const Entry* entries, std::int64_t num_entries,
+              const Body& body) {
   const ListSchedule schedule(entries, num_entries, runner.num_workers());
   run_contiguous_tasks(runner, schedule.num_tasks(), [&](std::int64_t task) {
     ListPosition at = schedule.task_begin(task);

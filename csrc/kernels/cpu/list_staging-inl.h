@@ -6,7 +6,7 @@ constexpr ScalarType kTypeOf = sizeof(T) == 8 ? ScalarType::kFloat64 : ScalarTyp
 
 /// As store_elements(), for doubles of any destination too.
 template <typename T>
-TORCH_EXT_INLINE void store_rounded(void *target, ScalarType type, Vec<T> x) {
+TORCH_EXT_INLINE void store_rounded(void* target, ScalarType type, Vec<T> x) {
   if constexpr (sizeof(T) == 4) {
     if (type == ScalarType::kFloat64) {
       double wide[kFloatLanes];
@@ -27,7 +27,7 @@ TORCH_EXT_INLINE void store_rounded(void *target, ScalarType type, Vec<T> x) {
 
 /// `count` <= kLanes elements with any stride. Writes nothing else.
 template <typename T>
-TORCH_EXT_INLINE void store_rounded(void *target, ScalarType type, std::int64_t stride,
+TORCH_EXT_INLINE void store_rounded(void* target, ScalarType type, std::int64_t stride,
                                     std::int64_t count, Vec<T> x) {
   constexpr int kLanes = Simd<T>::kLanes;
   if (stride == 1 && count >= kLanes) return store_rounded<T>(target, type, x);
@@ -36,13 +36,13 @@ TORCH_EXT_INLINE void store_rounded(void *target, ScalarType type, std::int64_t 
   const std::int64_t bytes = bytes_of(type);
   const std::int64_t wanted = min_of(count, kLanes);
   for (std::int64_t i = 0; i < wanted; ++i) {
-    __builtin_memcpy(static_cast<char *>(target) + i * stride * bytes, gathered + i * bytes, bytes);
+    __builtin_memcpy(static_cast<char*>(target) + i * stride * bytes, gathered + i * bytes, bytes);
   }
 }
 
 /// values[i] = source[i] as T. Writes up to the next multiple of kLanes, zeros there.
 template <typename T>
-static void stage_in(const void *source, ScalarType type, std::int64_t count, T *values) {
+static void stage_in(const void* source, ScalarType type, std::int64_t count, T* values) {
   constexpr int kLanes = Simd<T>::kLanes;
   std::int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
@@ -55,7 +55,7 @@ static void stage_in(const void *source, ScalarType type, std::int64_t count, T 
 
 /// target[i] = values[i], rounded.
 template <typename T>
-static void stage_out(void *target, ScalarType type, std::int64_t count, const T *values) {
+static void stage_out(void* target, ScalarType type, std::int64_t count, const T* values) {
   constexpr int kLanes = Simd<T>::kLanes;
   std::int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
@@ -70,7 +70,7 @@ static void stage_out(void *target, ScalarType type, std::int64_t count, const T
 
 /// Row length of a strip's buffer.
 template <typename T>
-TORCH_EXT_INLINE std::int64_t strip_pitch(const Strip &strip) {
+TORCH_EXT_INLINE std::int64_t strip_pitch(const Strip& strip) {
   return round_up(strip.cols, Simd<T>::kLanes);
 }
 
@@ -79,11 +79,11 @@ constexpr std::int64_t kStripElements = kStripRows * kStripCols;
 /// buffer[row][col], zeros up to the pitch. An operand that is contiguous along the rows (the
 /// transposed weight) is read a cache line at a time and transposed in registers.
 template <typename T>
-static void gather_strip(const void *data, ScalarType type, const StripPlace &place,
-                         const Strip &strip, T *buffer) {
+static void gather_strip(const void* data, ScalarType type, const StripPlace& place,
+                         const Strip& strip, T* buffer) {
   constexpr int kLanes = Simd<T>::kLanes;
   const std::int64_t pitch = strip_pitch<T>(strip);
-  const char *source = element_at(data, type, place.offset);
+  const char* source = element_at(data, type, place.offset);
   if (place.row_stride == 1 && place.col_stride != 1 && strip.rows >= kLanes) {
     for (std::int64_t row = 0; row < strip.rows; row += kLanes) {
       const std::int64_t rows = min_of(kLanes, strip.rows - row);
@@ -104,7 +104,7 @@ static void gather_strip(const void *data, ScalarType type, const StripPlace &pl
     return;
   }
   for (std::int64_t row = 0; row < strip.rows; ++row) {
-    const char *line = element_at(source, type, row * place.row_stride);
+    const char* line = element_at(source, type, row * place.row_stride);
     for (std::int64_t col = 0; col < strip.cols; col += kLanes) {
       store<T>(buffer + row * pitch + col,
                load_elements<T>(element_at(line, type, col * place.col_stride), type,
@@ -115,11 +115,11 @@ static void gather_strip(const void *data, ScalarType type, const StripPlace &pl
 
 /// The reverse; rounds.
 template <typename T>
-static void scatter_strip(void *data, ScalarType type, const StripPlace &place, const Strip &strip,
-                          const T *buffer) {
+static void scatter_strip(void* data, ScalarType type, const StripPlace& place, const Strip& strip,
+                          const T* buffer) {
   constexpr int kLanes = Simd<T>::kLanes;
   const std::int64_t pitch = strip_pitch<T>(strip);
-  char *target = element_at(data, type, place.offset);
+  char* target = element_at(data, type, place.offset);
   if (place.row_stride == 1 && place.col_stride != 1 && strip.rows >= kLanes) {
     for (std::int64_t row = 0; row < strip.rows; row += kLanes) {
       const std::int64_t rows = min_of(kLanes, strip.rows - row);
@@ -138,7 +138,7 @@ static void scatter_strip(void *data, ScalarType type, const StripPlace &place, 
     return;
   }
   for (std::int64_t row = 0; row < strip.rows; ++row) {
-    char *line = element_at(target, type, row * place.row_stride);
+    char* line = element_at(target, type, row * place.row_stride);
     for (std::int64_t col = 0; col < strip.cols; col += kLanes) {
       store_rounded<T>(element_at(line, type, col * place.col_stride), type, place.col_stride,
                        strip.cols - col, load<T>(buffer + row * pitch + col));
@@ -148,14 +148,14 @@ static void scatter_strip(void *data, ScalarType type, const StripPlace &place, 
 
 /// Starts the page and the prefetcher's stream of what comes next: hardware prefetchers stop at
 /// page borders.
-TORCH_EXT_INLINE void prefetch_ahead(const void *data) {
-  const char *line = static_cast<const char *>(data);
+TORCH_EXT_INLINE void prefetch_ahead(const void* data) {
+  const char* line = static_cast<const char*>(data);
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) __builtin_prefetch(line + 64 * i, 0, 3);
 }
 
 /// One element as a double; null: `otherwise`.
-TORCH_EXT_INLINE double scalar_operand(const ConstOperand &operand, double otherwise) {
+TORCH_EXT_INLINE double scalar_operand(const ConstOperand& operand, double otherwise) {
   if (operand.data == nullptr) return otherwise;
   return load_elements<double>(operand.data, operand.type, 1, 1)[0];
 }

@@ -43,7 +43,7 @@ enum AdamOperand {
 enum SgdOperand { kSgdParam, kSgdGrad, kSgdMomentum, kSgdMaster, kSgdOperands };
 
 struct StepOperand {
-  void *data;
+  void* data;
   ScalarType type;
   bool read;
   bool written;
@@ -68,12 +68,12 @@ struct AdamMath {
   bool amsgrad;
 
   template <bool kDecoupled, bool kAmsgrad>
-  TORCH_EXT_INLINE void vectors(const AdamMath &math, std::int64_t count, T *const *operand) {
+  TORCH_EXT_INLINE void vectors(const AdamMath& math, std::int64_t count, T* const* operand) {
     constexpr int kLanes = Simd<T>::kLanes;
-    T *const weights = operand[kAdamMaster] != nullptr ? operand[kAdamMaster] : operand[kAdamParam];
-    const T *const grads = operand[kAdamGrad];
-    T *const averages = operand[kAdamExpAvg];
-    T *const squares = operand[kAdamExpAvgSq];
+    T* const weights = operand[kAdamMaster] != nullptr ? operand[kAdamMaster] : operand[kAdamParam];
+    const T* const grads = operand[kAdamGrad];
+    T* const averages = operand[kAdamExpAvg];
+    T* const squares = operand[kAdamExpAvgSq];
     // torch's lerp: from the nearer end.
     const bool from_average = math.average_weight < T(0.5);
     const T lerp_weight = from_average ? math.average_weight : math.average_weight - 1;
@@ -105,7 +105,7 @@ struct AdamMath {
   }
 
   /// `count` elements, a multiple of kLanes.
-  void operator()(std::int64_t count, T *const *operand) const {
+  void operator()(std::int64_t count, T* const* operand) const {
     if (decoupled) {
       amsgrad ? vectors<true, true>(*this, count, operand)
               : vectors<true, false>(*this, count, operand);
@@ -131,10 +131,10 @@ struct SgdMath {
   bool nesterov;
   bool first_step;
 
-  void operator()(std::int64_t count, T *const *operand) const {
+  void operator()(std::int64_t count, T* const* operand) const {
     constexpr int kLanes = Simd<T>::kLanes;
-    T *const weights = operand[kSgdMaster] != nullptr ? operand[kSgdMaster] : operand[kSgdParam];
-    T *const buffers = operand[kSgdMomentum];
+    T* const weights = operand[kSgdMaster] != nullptr ? operand[kSgdMaster] : operand[kSgdParam];
+    T* const buffers = operand[kSgdMomentum];
     for (std::int64_t i = 0; i < count; i += kLanes) {
       const Vec<T> weight = load<T>(weights + i);
       Vec<T> grad = load<T>(operand[kSgdGrad] + i) * coefficient;
@@ -158,7 +158,7 @@ struct StepBuffers {
 
 /// Blocks [first, end) of a dense entry.
 template <typename T, typename Math>
-static void step_dense(const Math &math, const StepOperand *operands, std::int64_t begin,
+static void step_dense(const Math& math, const StepOperand* operands, std::int64_t begin,
                        std::int64_t end, bool reset) {
   constexpr int kLanes = Simd<T>::kLanes;
   StepBuffers<Math, T> buffers;
@@ -166,17 +166,17 @@ static void step_dense(const Math &math, const StepOperand *operands, std::int64
   for (std::int64_t offset = begin; offset < end; offset += kStepBlock) {
     const std::int64_t count = min_of(kStepBlock, end - offset);
     const bool whole = count % kLanes == 0;
-    T *pointers[Math::kOperands];
+    T* pointers[Math::kOperands];
 #pragma GCC unroll 6
     for (int k = 0; k < Math::kOperands; ++k) {
-      const StepOperand &operand = operands[k];
+      const StepOperand& operand = operands[k];
       pointers[k] = nullptr;
       if (operand.data == nullptr) continue;
-      char *const place = element_at(operand.data, operand.type, offset);
+      char* const place = element_at(operand.data, operand.type, offset);
       if (end - offset > kStepBlock)
         prefetch_ahead(element_at(operand.data, operand.type, offset + kStepBlock));
       if (operand.type == kTypeOf<T> && whole) {
-        pointers[k] = reinterpret_cast<T *>(place);
+        pointers[k] = reinterpret_cast<T*>(place);
         continue;
       }
       pointers[k] = buffers.values[k];
@@ -185,9 +185,9 @@ static void step_dense(const Math &math, const StepOperand *operands, std::int64
     math(round_up(count, kLanes), pointers);
 #pragma GCC unroll 6
     for (int k = 0; k < Math::kOperands; ++k) {
-      const StepOperand &operand = operands[k];
+      const StepOperand& operand = operands[k];
       if (operand.data == nullptr) continue;
-      char *const place = element_at(operand.data, operand.type, offset);
+      char* const place = element_at(operand.data, operand.type, offset);
       if (k == Math::kGrad) {
         if (reset)
           __builtin_memset(place, 0, static_cast<std::size_t>(count * bytes_of(operand.type)));
@@ -201,15 +201,15 @@ static void step_dense(const Math &math, const StepOperand *operands, std::int64
 }
 
 template <typename T, typename Math>
-static void step_strips(const Math &math, const StepOperand *operands, const StridedLoop &loop,
+static void step_strips(const Math& math, const StepOperand* operands, const StridedLoop& loop,
                         std::int64_t first, std::int64_t end, bool reset) {
   StepBuffers<Math, T> buffers;
   const bool has_master = operands[Math::kMaster].data != nullptr;
   for (std::int64_t block = first; block < end; ++block) {
     const Strip strip = strip_at(loop, block);
-    T *pointers[Math::kOperands];
+    T* pointers[Math::kOperands];
     for (int k = 0; k < Math::kOperands; ++k) {
-      const StepOperand &operand = operands[k];
+      const StepOperand& operand = operands[k];
       pointers[k] = operand.data == nullptr ? nullptr : buffers.values[k];
       if (pointers[k] != nullptr && operand.read) {
         gather_strip<T>(operand.data, operand.type, strip_place(loop, strip, k), strip,
@@ -219,7 +219,7 @@ static void step_strips(const Math &math, const StepOperand *operands, const Str
     const std::int64_t count = strip.rows * strip_pitch<T>(strip);
     math(count, pointers);
     for (int k = 0; k < Math::kOperands; ++k) {
-      const StepOperand &operand = operands[k];
+      const StepOperand& operand = operands[k];
       if (operand.data == nullptr || (k == Math::kGrad && !reset)) continue;
       if (k == Math::kGrad)
         __builtin_memset(pointers[k], 0, static_cast<std::size_t>(count) * sizeof(T));
@@ -230,8 +230,8 @@ static void step_strips(const Math &math, const StepOperand *operands, const Str
 }
 
 /// A skipped step: the accumulators alone become 0.
-static void reset_blocks(const Operand &accumulator, std::int64_t entry_count,
-                         const StridedLoop &loop, int operand_index, std::int64_t first,
+static void reset_blocks(const Operand& accumulator, std::int64_t entry_count,
+                         const StridedLoop& loop, int operand_index, std::int64_t first,
                          std::int64_t end) {
   if (loop.dims == 0) {
     const std::int64_t begin = first * kListBlock;
@@ -251,7 +251,7 @@ static void reset_blocks(const Operand &accumulator, std::int64_t entry_count,
 template <int kOperands>
 TORCH_EXT_INLINE bool any_double(const StepOperand (&operands)[kOperands]) {
   bool any = false;
-  for (const StepOperand &operand : operands) {
+  for (const StepOperand& operand : operands) {
     any |= operand.data != nullptr && operand.type == ScalarType::kFloat64;
   }
   return any;
@@ -260,8 +260,8 @@ TORCH_EXT_INLINE bool any_double(const StepOperand (&operands)[kOperands]) {
 /// One piece of an entry, in the compute type that its operands ask for.
 template <template <typename> typename Math, int kOperands, typename MakeMath>
 TORCH_EXT_INLINE void step_piece(const StepOperand (&operands)[kOperands], std::int64_t entry_count,
-                                 const StridedLoop &loop, std::int64_t first, std::int64_t end,
-                                 bool reset, const MakeMath &make_math) {
+                                 const StridedLoop& loop, std::int64_t first, std::int64_t end,
+                                 bool reset, const MakeMath& make_math) {
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     const Math<T> math = make_math(zero);
@@ -275,11 +275,11 @@ TORCH_EXT_INLINE void step_piece(const StepOperand (&operands)[kOperands], std::
   any_double(operands) ? run(0.0) : run(0.0f);
 }
 
-TORCH_EXT_INLINE bool step_is_skipped(const OptimizerSettings &settings) {
+TORCH_EXT_INLINE bool step_is_skipped(const OptimizerSettings& settings) {
   return !(scalar_operand(settings.found_inf, 0.0) == 0.0);
 }
 
-TORCH_EXT_INLINE double signed_coefficient(const OptimizerSettings &settings) {
+TORCH_EXT_INLINE double signed_coefficient(const OptimizerSettings& settings) {
   const double coefficient = scalar_operand(settings.coefficient, 1.0);
   return settings.maximize ? -coefficient : coefficient;
 }
@@ -290,26 +290,26 @@ struct BiasCorrections {
   double correction2_sqrt;
 };
 
-static BiasCorrections bias_corrections(const AdamParams &params, double step) {
+static BiasCorrections bias_corrections(const AdamParams& params, double step) {
   return {step, 1.0 - __builtin_pow(params.beta1, step),
           __builtin_sqrt(1.0 - __builtin_pow(params.beta2, step))};
 }
 
-TORCH_EXT_INLINE double step_count(const AdamEntry &entry) {
+TORCH_EXT_INLINE double step_count(const AdamEntry& entry) {
   return scalar_operand({entry.step.data, entry.step.type}, 0.0);
 }
 
-static void adam_step(const AdamParams &params, const TaskRunner &runner) {
-  const OptimizerSettings &settings = params.settings;
+static void adam_step(const AdamParams& params, const TaskRunner& runner) {
+  const OptimizerSettings& settings = params.settings;
   const bool skipped = step_is_skipped(settings);
   if (skipped && !settings.reset) return;
   if (!skipped) {
     for (std::int64_t i = 0; i < params.num_entries; ++i) {
-      const Operand &step = params.entries[i].step;
+      const Operand& step = params.entries[i].step;
       if (step.type == ScalarType::kFloat64) {
-        *static_cast<double *>(step.data) += 1.0;
+        *static_cast<double*>(step.data) += 1.0;
       } else {
-        *static_cast<float *>(step.data) += 1.0f;
+        *static_cast<float*>(step.data) += 1.0f;
       }
     }
   }
@@ -325,7 +325,7 @@ static void adam_step(const AdamParams &params, const TaskRunner &runner) {
   run_list(
       runner, params.entries, params.num_entries,
       [&](std::int64_t index, std::int64_t first, std::int64_t end) {
-        const AdamEntry &entry = params.entries[index];
+        const AdamEntry& entry = params.entries[index];
         if (skipped) {
           return reset_blocks(entry.accumulator, entry.count, entry.loop, kAdamGrad, first, end);
         }
@@ -361,14 +361,14 @@ static void adam_step(const AdamParams &params, const TaskRunner &runner) {
       });
 }
 
-static void sgd_step(const SgdParams &params, const TaskRunner &runner) {
-  const OptimizerSettings &settings = params.settings;
+static void sgd_step(const SgdParams& params, const TaskRunner& runner) {
+  const OptimizerSettings& settings = params.settings;
   const bool skipped = step_is_skipped(settings);
   if (skipped && !settings.reset) return;
   const double coefficient = signed_coefficient(settings);
   run_list(runner, params.entries, params.num_entries,
            [&](std::int64_t index, std::int64_t first, std::int64_t end) {
-             const SgdEntry &entry = params.entries[index];
+             const SgdEntry& entry = params.entries[index];
              if (skipped) {
                return reset_blocks(entry.accumulator, entry.count, entry.loop, kSgdGrad, first,
                                    end);

@@ -82,6 +82,10 @@ template <typename V>
 TORCH_EXT_INLINE V vector_max(V a, V b) {
   return a > b ? a : b;
 }
+template <typename V>
+TORCH_EXT_INLINE V vector_min(V a, V b) {
+  return a < b ? a : b;
+}
 
 TORCH_EXT_INLINE std::int64_t min_of(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 TORCH_EXT_INLINE std::int64_t max_of(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
@@ -126,9 +130,11 @@ TORCH_EXT_INLINE T horizontal_max(Vec<T> x) {
   return best;
 }
 
-// 2^x for x <= 0 or so: round to the nearest integer by adding 1.5 * 2^23, a minimax polynomial on
-// [-1/2, 1/2] (Remez; relative error 7.5e-8 in degree 5, 7.5e-5 in degree 3), exponent by integer
-// addition. Below -126 it stays at 2^-126; callers that need zeros select them. NaN stays NaN.
+// 2^x for x <= 0 or so: round to the nearest integer by adding 1.5 * 2^23 (and the exponent's bias of
+// 127), a minimax polynomial on [-1/2, 1/2] (Remez; relative error 7.5e-8 in degree 5, 7.5e-5 in
+// degree 3), times the power of two of those bits. Below -125 it stays at 2^-125; callers that need
+// zeros select them. NaN stays NaN: adding to the exponent bits instead would lose those with a
+// payload, as uninitialised memory holds.
 template <int kDegree>
 TORCH_EXT_INLINE FloatVector exp2_polynomial(FloatVector f);
 
@@ -151,18 +157,18 @@ inline __attribute__((always_inline)) FloatVector exp2_polynomial<3>(FloatVector
 
 template <int kDegree = 5>
 TORCH_EXT_INLINE FloatVector exp2_vector(FloatVector x) {
-  x = vector_max(broadcast(-126.0f), x);
-  const FloatVector rounded = x + 12582912.0f;
-  const FloatVector f = x - (rounded - 12582912.0f);
-  return (FloatVector)((Int32Vector)exp2_polynomial<kDegree>(f) + ((Int32Vector)rounded << 23));
+  x = vector_max(broadcast(-125.0f), x);
+  const FloatVector rounded = x + 12583039.0f;
+  const FloatVector f = x - (rounded - 12583039.0f);
+  return exp2_polynomial<kDegree>(f) * (FloatVector)((Int32Vector)rounded << 23);
 }
 
 // Degree 11: relative error 3e-18, so double rounding is all that is left.
 template <int kDegree = 11>
 TORCH_EXT_INLINE DoubleVector exp2_vector(DoubleVector x) {
-  x = vector_max(broadcast(-1022.0), x);
-  const DoubleVector rounded = x + 6755399441055744.0;
-  const DoubleVector f = x - (rounded - 6755399441055744.0);
+  x = vector_max(broadcast(-1021.0), x);
+  const DoubleVector rounded = x + 6755399441056767.0;  // 1.5 * 2^52 + 1023
+  const DoubleVector f = x - (rounded - 6755399441056767.0);
   DoubleVector p = 4.43528094461033616e-10 * f + 7.07410562624565937e-9;
   p = p * f + 1.01781980333285277e-7;
   p = p * f + 1.3215433089594629e-6;
@@ -174,7 +180,7 @@ TORCH_EXT_INLINE DoubleVector exp2_vector(DoubleVector x) {
   p = p * f + 2.40226506959101562e-1;
   p = p * f + 6.9314718055994533e-1;
   p = p * f + 1.0;
-  return (DoubleVector)((Int64Vector)p + ((Int64Vector)rounded << 52));
+  return p * (DoubleVector)((Int64Vector)rounded << 52);
 }
 
 // Butterfly index masks of a lane-by-lane transpose: at distance h, lanes with bit h clear come

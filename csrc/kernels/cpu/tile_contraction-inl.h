@@ -38,6 +38,7 @@ struct LeftOperand {
   const typename Policy::Scalar* data;
   std::int64_t row_stride;
   std::int64_t depth_stride;
+  bool far = false;  // in the caller's tensor: likely not in the first-level cache yet
 };
 
 typedef std::uint32_t UnalignedUint32 __attribute__((aligned(1), may_alias));
@@ -102,12 +103,35 @@ template <int kVectors>
 constexpr int kTileRows = kVectors == 1 ? 8 : 4;
 #endif
 
+/// Asks for the part of A that the next tile of rows reads. A's scalars come four or eight rows
+/// abreast, a pattern that the hardware prefetchers miss.
+template <typename Policy, int kRows>
+TORCH_EXT_INLINE void prefetch_next_rows(const LeftOperand<Policy>& left, std::int64_t depth) {
+  constexpr std::int64_t kLine = 64;
+  constexpr std::int64_t kLineScalars = kLine / sizeof(typename Policy::Scalar);
+  if (!left.far) return;
+  if (left.depth_stride == 1) {
+    for (int i = 0; i < kRows; ++i) {
+      const typename Policy::Scalar* row = left.data + (kRows + i) * left.row_stride;
+      for (std::int64_t k = 0; k < depth; k += kLineScalars) __builtin_prefetch(row + k, 0, 3);
+    }
+  } else if (left.row_stride == 1) {
+    // The next rows lie in the same cache lines but for every fourth time or so.
+    const std::int64_t offset = reinterpret_cast<std::intptr_t>(left.data) % kLine;
+    if (offset + kRows * kLine / kLineScalars < kLine) return;
+    for (std::int64_t k = 0; k < depth; ++k) {
+      __builtin_prefetch(left.data + kLineScalars + k * left.depth_stride, 0, 3);
+    }
+  }
+}
+
 /// One column group: `rows` x (kVectors * lanes), tails by halving the tile.
 template <typename Policy, int kVectors, bool kAccumulate, int kRows = kTileRows<kVectors>>
 TORCH_EXT_INLINE void contract_rows(std::int64_t rows, std::int64_t depth, LeftOperand<Policy> left,
                                     const typename Policy::Scalar* right, std::int64_t right_stride,
                                     typename Policy::Compute* out, std::int64_t out_stride) {
   while (rows >= kRows) {
+    if constexpr (kRows >= 4) prefetch_next_rows<Policy, kRows>(left, depth);
     contract_tile<Policy, kRows, kVectors, kAccumulate>(depth, left, right, right_stride, out,
                                                         out_stride);
     left.data += kRows * left.row_stride;

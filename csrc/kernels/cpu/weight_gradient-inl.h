@@ -1,7 +1,6 @@
-// weight_grad (out_features, in_features) = beta * weight_grad + grad_output^T
-// input, accumulated in place: each tile of the weight is read once, gets all
-// tokens and is written once. The same micro-kernel as attention's, over panels
-// packed (and converted) by the worker that uses them:
+// weight_grad (out_features, in_features) = beta * weight_grad + grad_output^T input, accumulated in
+// place: each tile of the weight is read once, gets all tokens and is written once. The same
+// micro-kernel as attention's, over panels packed (and converted) by the worker that uses them:
 //   left   grad_output, [strip of kTileRows out_features][tokens][kTileRows]
 //   right  input, [group of kMaxVectors vectors of in_features][tokens][group]
 
@@ -30,18 +29,18 @@ struct WeightWorkspace {
   using Scalar = typename Policy::Scalar;
   using Compute = typename Policy::Compute;
 
-  Scalar *left;
-  Scalar *right;
-  Compute *sums;
-  Compute *edge;
-  double *bias;
+  Scalar* left;
+  Scalar* right;
+  Compute* sums;
+  Compute* edge;
+  double* bias;
 
   static constexpr std::int64_t kBytes =
       kLeft * static_cast<std::int64_t>(sizeof(Scalar)) +
       (kRightBudget + Tile::kCols * Tile::kDepth) * static_cast<std::int64_t>(sizeof(Scalar)) +
       (kSums + kEdge) * static_cast<std::int64_t>(sizeof(Compute)) + Tile::kTaskRows * 8 + 5 * 64;
 
-  TORCH_EXT_INLINE WeightWorkspace at(char *memory) {
+  TORCH_EXT_INLINE WeightWorkspace at(char* memory) {
     ScratchArea scratch{memory};
     WeightWorkspace workspace;
     workspace.left = scratch.take<Scalar>(kLeft);
@@ -56,8 +55,8 @@ struct WeightWorkspace {
 /// panel[group][step][kWidth] of columns [0, columns) of `tokens` rows, zeros beyond the columns
 /// and beyond the last token of a pair. kWidth is a whole number of vectors or less than one.
 template <typename Policy, int kWidth>
-static void pack_panel(const ConstMatrix &matrix, std::int64_t token, std::int64_t tokens,
-                       std::int64_t column, std::int64_t columns, typename Policy::Scalar *panel) {
+static void pack_panel(const ConstMatrix& matrix, std::int64_t token, std::int64_t tokens,
+                       std::int64_t column, std::int64_t columns, typename Policy::Scalar* panel) {
   using Scalar = typename Policy::Scalar;
   constexpr int kLanes = Simd<Scalar>::kLanes;
   constexpr int kStep = kWidth % kLanes == 0 ? kLanes : kWidth;
@@ -65,11 +64,11 @@ static void pack_panel(const ConstMatrix &matrix, std::int64_t token, std::int64
   const std::int64_t groups = (columns + kWidth - 1) / kWidth;
   // Column-major gradients (a transposed linear's) are rare and small: gathered element by element.
   for (std::int64_t step = 0; step < steps; ++step) {
-    const char *source = element_at(
+    const char* source = element_at(
         matrix.data, matrix.type,
         (token + step * Policy::kDepth) * matrix.row_stride + column * matrix.col_stride);
     for (std::int64_t group = 0; group < groups; ++group) {
-      Scalar *target = panel + (group * steps + step) * kWidth;
+      Scalar* target = panel + (group * steps + step) * kWidth;
 #pragma GCC unroll 4
       for (int lane = 0; lane < kWidth; lane += kStep) {
         const std::int64_t first = group * kWidth + lane;
@@ -82,7 +81,7 @@ static void pack_panel(const ConstMatrix &matrix, std::int64_t token, std::int64
           const bool has_second = step * 2 + 1 < tokens;
           alignas(64) std::uint16_t low[kLanes] = {};
           alignas(64) std::uint16_t high[kLanes] = {};
-          const char *second = source + 2 * matrix.row_stride;
+          const char* second = source + 2 * matrix.row_stride;
           if (matrix.col_stride == 1) {
             __builtin_memcpy(low, source + 2 * first, static_cast<std::size_t>(2 * wanted));
             if (has_second) {
@@ -114,9 +113,9 @@ static void pack_panel(const ConstMatrix &matrix, std::int64_t token, std::int64
 /// Rows [0, rows) of a strip against one right group of kVectors vectors, in place.
 template <typename Policy, int kVectors, bool kAccumulate, int kRows>
 TORCH_EXT_INLINE void contract_strip(std::int64_t rows, std::int64_t steps,
-                                     const typename Policy::Scalar *left,
-                                     const typename Policy::Scalar *right,
-                                     typename Policy::Compute *out, std::int64_t out_stride) {
+                                     const typename Policy::Scalar* left,
+                                     const typename Policy::Scalar* right,
+                                     typename Policy::Compute* out, std::int64_t out_stride) {
   constexpr int kStripWidth = WeightTile<Policy>::kRows;
   if (rows >= kRows) {
     contract_tile<Policy, kRows, kVectors, kAccumulate>(steps, {left, 1, kStripWidth}, right,
@@ -135,9 +134,9 @@ TORCH_EXT_INLINE void contract_strip(std::int64_t rows, std::int64_t steps,
 
 template <typename Policy, bool kAccumulate>
 TORCH_EXT_INLINE void contract_group(std::int64_t rows, std::int64_t vectors, std::int64_t steps,
-                                     const typename Policy::Scalar *left,
-                                     const typename Policy::Scalar *right,
-                                     typename Policy::Compute *out, std::int64_t out_stride) {
+                                     const typename Policy::Scalar* left,
+                                     const typename Policy::Scalar* right,
+                                     typename Policy::Compute* out, std::int64_t out_stride) {
   constexpr int kRows = WeightTile<Policy>::kRows;
   if (vectors == kMaxVectors) {
     return contract_strip<Policy, kMaxVectors, kAccumulate, kRows>(rows, steps, left, right, out,
@@ -156,25 +155,25 @@ TORCH_EXT_INLINE void contract_group(std::int64_t rows, std::int64_t vectors, st
 /// vector go through `edge`.
 template <typename Policy, bool kAccumulate>
 static void contract_block(std::int64_t rows, std::int64_t cols, std::int64_t steps,
-                           const typename Policy::Scalar *left,
-                           const typename Policy::Scalar *right, typename Policy::Compute *out,
-                           std::int64_t out_stride, typename Policy::Compute *edge) {
+                           const typename Policy::Scalar* left,
+                           const typename Policy::Scalar* right, typename Policy::Compute* out,
+                           std::int64_t out_stride, typename Policy::Compute* edge) {
   using Tile = WeightTile<Policy>;
   using Compute = typename Policy::Compute;
   constexpr int kLanes = Tile::kLanes;
   for (std::int64_t row = 0; row < rows; row += Tile::kRows) {
     const std::int64_t strip_rows = min_of(Tile::kRows, rows - row);
-    Compute *const strip = out + row * out_stride;
+    Compute* const strip = out + row * out_stride;
     for (std::int64_t col = 0; col < cols; col += Tile::kCols) {
       const std::int64_t width = min_of(Tile::kCols, cols - col);
       const std::int64_t vectors = width / kLanes;
-      const typename Policy::Scalar *group = right + col * steps;
-      const typename Policy::Scalar *strip_left = left + row * steps;
+      const typename Policy::Scalar* group = right + col * steps;
+      const typename Policy::Scalar* strip_left = left + row * steps;
       // The same tile of the next strip: its lines arrive while this strip is computed.
       if (row + Tile::kRows < rows) {
         for (int i = 0; i < Tile::kRows; ++i) {
-          const char *line =
-              reinterpret_cast<const char *>(strip + (Tile::kRows + i) * out_stride + col);
+          const char* line =
+              reinterpret_cast<const char*>(strip + (Tile::kRows + i) * out_stride + col);
           __builtin_prefetch(line, 1, 3);
           __builtin_prefetch(line + 64, 1, 3);
         }
@@ -188,7 +187,7 @@ static void contract_block(std::int64_t rows, std::int64_t cols, std::int64_t st
         contract_group<Policy, false>(strip_rows, 1, steps, strip_left, group + vectors * kLanes,
                                       edge, kLanes);
         for (std::int64_t i = 0; i < strip_rows; ++i) {
-          Compute *target = strip + i * out_stride + col + vectors * kLanes;
+          Compute* target = strip + i * out_stride + col + vectors * kLanes;
           for (std::int64_t j = 0; j < rest; ++j) {
             target[j] = (kAccumulate ? target[j] : Compute(0)) + edge[i * kLanes + j];
           }
@@ -200,11 +199,11 @@ static void contract_block(std::int64_t rows, std::int64_t cols, std::int64_t st
 
 /// sums[row] of this panel's tokens, added to the workspace's doubles.
 template <typename Policy>
-static void add_bias_sums(const WeightGradientParams &params, std::int64_t token,
-                          std::int64_t tokens, std::int64_t row, std::int64_t rows, double *sums) {
+static void add_bias_sums(const WeightGradientParams& params, std::int64_t token,
+                          std::int64_t tokens, std::int64_t row, std::int64_t rows, double* sums) {
   using Compute = typename Policy::Compute;
   constexpr int kLanes = Simd<Compute>::kLanes;
-  const ConstMatrix &grads = params.grad_output;
+  const ConstMatrix& grads = params.grad_output;
   for (std::int64_t i = 0; i < rows; i += kLanes) {
     const std::int64_t count = min_of(kLanes, rows - i);
     Vec<Compute> sum{};
@@ -218,11 +217,11 @@ static void add_bias_sums(const WeightGradientParams &params, std::int64_t token
   }
 }
 
-TORCH_EXT_INLINE void store_bias(const WeightGradientParams &params, std::int64_t row,
-                                 std::int64_t rows, const double *sums) {
-  const Operand &bias = params.bias_grad;
+TORCH_EXT_INLINE void store_bias(const WeightGradientParams& params, std::int64_t row,
+                                 std::int64_t rows, const double* sums) {
+  const Operand& bias = params.bias_grad;
   for (std::int64_t i = 0; i < rows; ++i) {
-    void *target = element_at(bias.data, bias.type, (row + i) * params.bias_stride);
+    void* target = element_at(bias.data, bias.type, (row + i) * params.bias_stride);
     double sum = sums[i];
     if (params.beta != 0.0) sum += params.beta * load_elements<double>(target, bias.type, 1, 1)[0];
     store_rounded<double>(target, bias.type, 1, 1, broadcast(sum));
@@ -230,15 +229,15 @@ TORCH_EXT_INLINE void store_bias(const WeightGradientParams &params, std::int64_
 }
 
 template <typename Policy>
-static void weight_gradient_task(const WeightGradientParams &params, std::int64_t row,
+static void weight_gradient_task(const WeightGradientParams& params, std::int64_t row,
                                  std::int64_t rows, std::int64_t col, std::int64_t cols,
-                                 const WeightWorkspace<Policy> &workspace) {
+                                 const WeightWorkspace<Policy>& workspace) {
   using Tile = WeightTile<Policy>;
   using Compute = typename Policy::Compute;
-  const Matrix &weight = params.weight_grad;
+  const Matrix& weight = params.weight_grad;
   const bool in_place = weight.type == kNativeType<Policy> && weight.col_stride == 1 &&
                         (params.beta == 0.0 || params.beta == 1.0);
-  Compute *const out = in_place ? reinterpret_cast<Compute *>(element_at(
+  Compute* const out = in_place ? reinterpret_cast<Compute*>(element_at(
                                       weight.data, weight.type, row * weight.row_stride + col))
                                 : workspace.sums;
   const std::int64_t out_stride = in_place ? weight.row_stride : cols;
@@ -280,7 +279,7 @@ static void weight_gradient_task(const WeightGradientParams &params, std::int64_
   for (std::int64_t i = 0; i < rows; ++i) {
     for (std::int64_t j = 0; j < cols; j += kLanes) {
       const std::int64_t count = min_of(kLanes, cols - j);
-      char *target = element_at(weight.data, weight.type,
+      char* target = element_at(weight.data, weight.type,
                                 (row + i) * weight.row_stride + (col + j) * weight.col_stride);
       Vec<Compute> sum =
           load_elements<Compute>(out + i * out_stride + j, kTypeOf<Compute>, 1, count);
@@ -293,8 +292,8 @@ static void weight_gradient_task(const WeightGradientParams &params, std::int64_
 }
 
 template <typename Policy>
-static void run_weight_gradient(const WeightGradientParams &params, const TaskRunner &runner,
-                                char *workspace) {
+static void run_weight_gradient(const WeightGradientParams& params, const TaskRunner& runner,
+                                char* workspace) {
   using Tile = WeightTile<Policy>;
   const auto ceil_div = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
   const int workers = runner.num_workers();
@@ -324,7 +323,7 @@ static void run_weight_gradient(const WeightGradientParams &params, const TaskRu
 
 /// Calls `body` with the policy that the three matrices' types ask for.
 template <typename Body>
-TORCH_EXT_INLINE auto with_weight_policy(const WeightGradientParams &params, const Body &body) {
+TORCH_EXT_INLINE auto with_weight_policy(const WeightGradientParams& params, const Body& body) {
   const ScalarType grads = params.grad_output.type;
   const ScalarType inputs = params.input.type;
   if (grads == ScalarType::kFloat64 || inputs == ScalarType::kFloat64 ||
@@ -339,17 +338,17 @@ TORCH_EXT_INLINE auto with_weight_policy(const WeightGradientParams &params, con
   return body(FloatContraction{});
 }
 
-static std::size_t weight_gradient_workspace(const WeightGradientParams &params, int num_workers) {
+static std::size_t weight_gradient_workspace(const WeightGradientParams& params, int num_workers) {
   return with_weight_policy(params, [&](auto policy) {
     return static_cast<std::size_t>(WeightWorkspace<decltype(policy)>::kBytes) *
            static_cast<std::size_t>(num_workers);
   });
 }
 
-static void weight_gradient(const WeightGradientParams &params, const TaskRunner &runner,
-                            void *workspace) {
+static void weight_gradient(const WeightGradientParams& params, const TaskRunner& runner,
+                            void* workspace) {
   if (params.out_features == 0) return;
   with_weight_policy(params, [&](auto policy) {
-    run_weight_gradient<decltype(policy)>(params, runner, static_cast<char *>(workspace));
+    run_weight_gradient<decltype(policy)>(params, runner, static_cast<char*>(workspace));
   });
 }

@@ -1,0 +1,50 @@
+"""Fixtures of the operator tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+import torch_ext
+
+_CAPABILITIES = ("default", "avx2", "avx512", "avx512_bf16")
+
+
+def supported_capabilities() -> tuple[str, ...]:
+    """The instruction sets that this CPU can be limited to, least first."""
+    best = torch_ext._C.supported_cpu_capability()
+    return _CAPABILITIES[: _CAPABILITIES.index(best) + 1]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(20240607)
+
+
+@pytest.fixture
+def set_num_threads() -> Iterator[Callable[[int], None]]:
+    """torch.set_num_threads, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=supported_capabilities())
+def cpu_capability(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once under each instruction set that this CPU has."""
+    before = torch_ext._C.cpu_capability()
+    torch_ext._C.set_cpu_capability(request.param)
+    yield request.param
+    torch_ext._C.set_cpu_capability(before)
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """torch.compile with nothing compiled before, and nothing left behind."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -1,0 +1,102 @@
+"""Finds and loads the compiled library, before anything else of the package needs it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from . import cpp_build
+
+PACKAGE = Path(__file__).resolve().parent
+LIBRARY = PACKAGE / "lib" / "libtorch_ext.so"
+CSRC = PACKAGE.parent / "csrc"
+
+
+@dataclass(frozen=True)
+class NativeLibrary:
+    """What was loaded: the operators' library, the Python module, and what they were built for."""
+
+    library: Path
+    module: ModuleType
+    build_info: dict[str, Any]
+    compiled_at_import: bool
+
+
+def _is_checkout() -> bool:
+    return (CSRC / "sources_cpu.txt").is_file()
+
+
+def _how_to_rebuild() -> str:
+    if _is_checkout():
+        return f"Run `make build` in {PACKAGE.parent}, or delete {LIBRARY.parent}"
+    return (
+        "Run `pip install --no-build-isolation --no-deps --force-reinstall .` in a checkout of torch_ext"
+    )
+
+
+def check_build(info: dict[str, Any]) -> None:
+    """Refuses a library built for another torch, before the loader meets an undefined symbol.
+
+    Raises:
+        ImportError: with both versions, and what to run.
+    """
+    running = cpp_build.release(torch.__version__)
+    built = str(info.get("torch_version"))
+    if built != running:
+        raise ImportError(
+            f"torch_ext: this library was built for torch {built}, but torch {running} is running: "
+            f"rebuild it. {_how_to_rebuild()}"
+        )
+    cuda = info.get("cuda_version")
+    running_cuda = (torch.version.cuda or "").split(".")[0]
+    if cuda is not None and str(cuda).split(".")[0] != running_cuda:
+        raise ImportError(
+            f"torch_ext: this library was built for torch {built} with CUDA {cuda}, but the torch "
+            f"that is running has {'CUDA ' + torch.version.cuda if torch.version.cuda else 'no CUDA'}"
+            f": rebuild it. {_how_to_rebuild()}"
+        )
+
+
+def _load_prebuilt() -> NativeLibrary:
+    info = json.loads((LIBRARY.parent / cpp_build.BUILD_INFO).read_text())
+    check_build(info)
+    torch.ops.load_library(LIBRARY)
+    try:
+        module = importlib.import_module("torch_ext._C")
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"torch_ext: the library is there, but not its module for Python "
+            f"{sys.version_info.major}.{sys.version_info.minor} ({PACKAGE / '_C.*.so'}): rebuild it. "
+            f"{_how_to_rebuild()}"
+        ) from error
+    return NativeLibrary(LIBRARY, module, info, compiled_at_import=False)
+
+
+def _load_checkout() -> NativeLibrary:
+    module, path = cpp_build.load_checkout(CSRC)
+    # As if it were a file of the package.
+    sys.modules["torch_ext._C"] = module
+    setattr(sys.modules["torch_ext"], "_C", module)
+    info = json.loads((path.parent / cpp_build.BUILD_INFO).read_text())
+    return NativeLibrary(path, module, info, compiled_at_import=True)
+
+
+def _load() -> NativeLibrary:
+    if LIBRARY.is_file():
+        return _load_prebuilt()
+    if _is_checkout():
+        return _load_checkout()
+    raise ImportError(
+        f"torch_ext: the installation is incomplete: there is no {LIBRARY}. {_how_to_rebuild()}"
+    )
+
+
+loaded = _load()
+"""The one library of this process."""
