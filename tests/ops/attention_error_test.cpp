@@ -21,28 +21,33 @@ void expect_error(const std::function<void()>& call, const std::string& part) {
 
 TEST(AttentionErrors, NameOperatorAndArgument) {
   const at::Tensor query = at::randn({2, 4, 5, 8});
-  expect_error([&] { scaled_dot_product_attention(query, query.to(at::kDouble), query); },
-               "torch_ext::scaled_dot_product_attention: key takes the dtype of query, Float, got "
-               "Double");
-  expect_error([&] { scaled_dot_product_attention(query, query.slice(3, 0, 4), query); },
+  expect_error(
+      [&] { torch_ext::scaled_dot_product_attention(query, query.to(at::kDouble), query); },
+      "torch_ext::scaled_dot_product_attention: key takes the dtype of query, Float, got "
+      "Double");
+  expect_error([&] { torch_ext::scaled_dot_product_attention(query, query.slice(3, 0, 4), query); },
                "key takes the head_dim of query, 8, got 4");
-  expect_error([&] { scaled_dot_product_attention(query, query, query.slice(2, 0, 3)); },
+  expect_error([&] { torch_ext::scaled_dot_product_attention(query, query, query.slice(2, 0, 3)); },
                "value takes the length of key, 5, got 3");
-  expect_error([&] { scaled_dot_product_attention(query.to(at::kInt), query, query); },
+  expect_error([&] { torch_ext::scaled_dot_product_attention(query.to(at::kInt), query, query); },
                "query takes Float, Double, BFloat16 or Half, got Int");
-  expect_error([&] { scaled_dot_product_attention(query.to_sparse(), query, query); },
+  expect_error([&] { torch_ext::scaled_dot_product_attention(query.to_sparse(), query, query); },
                "sparse tensors are not supported");
   expect_error(
-      [&] { scaled_dot_product_attention(query, query, query, at::zeros({3, 5}, at::kBool)); },
+      [&] {
+        torch_ext::scaled_dot_product_attention(query, query, query, at::zeros({3, 5}, at::kBool));
+      },
       "attn_mask takes a shape that broadcasts to (batch..., heads, q_len, kv_len), [2, 4, 5, 5], "
       "got [3, 5]");
   expect_error(
       [&] {
-        scaled_dot_product_attention(query, query, query, at::zeros({5, 5}), 0.0, /*is_causal=*/true);
+        torch_ext::scaled_dot_product_attention(query, query, query, at::zeros({5, 5}), 0.0,
+                                                /*is_causal=*/true);
       },
       "attn_mask takes None when is_causal=True");
-  expect_error([&] { scaled_dot_product_attention(query, query, query, std::nullopt, 1.5); },
-               "dropout_p takes a probability in [0, 1], got 1.5");
+  expect_error(
+      [&] { torch_ext::scaled_dot_product_attention(query, query, query, std::nullopt, 1.5); },
+      "dropout_p takes a probability in [0, 1], got 1.5");
 }
 
 TEST(AttentionErrors, DrawNothing) {
@@ -50,9 +55,9 @@ TEST(AttentionErrors, DrawNothing) {
   torch::manual_seed(3);
   const at::Tensor expected = at::rand({4});
   torch::manual_seed(3);
-  EXPECT_THROW(
-      scaled_dot_product_attention(query, query.slice(3, 0, 4), query, std::nullopt, 0.5),
-      c10::Error);
+  EXPECT_THROW(torch_ext::scaled_dot_product_attention(query, query.slice(3, 0, 4), query,
+                                                       std::nullopt, 0.5),
+               c10::Error);
   EXPECT_TRUE(at::equal(at::rand({4}), expected));
 }
 

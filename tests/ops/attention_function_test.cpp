@@ -39,15 +39,17 @@ void expect_same_gradients(const at::Tensor& out, const at::Tensor& expected,
 
 TEST(ScaledDotProductAttention, Trains) {
   const Inputs inputs;
-  expect_same_gradients(scaled_dot_product_attention(inputs.query, inputs.key, inputs.value),
-                        explicit_attention(inputs.query, inputs.key, inputs.value), inputs.all());
+  expect_same_gradients(
+      torch_ext::scaled_dot_product_attention(inputs.query, inputs.key, inputs.value),
+      explicit_attention(inputs.query, inputs.key, inputs.value), inputs.all());
 }
 
 TEST(ScaledDotProductAttention, TrainsWithCausalMaskAndScale) {
   const Inputs inputs;
   expect_same_gradients(
-      scaled_dot_product_attention(inputs.query, inputs.key, inputs.value, std::nullopt,
-                                   /*dropout_p=*/0.0, /*is_causal=*/true, /*scale=*/-0.3),
+      torch_ext::scaled_dot_product_attention(inputs.query, inputs.key, inputs.value, std::nullopt,
+                                              /*dropout_p=*/0.0, /*is_causal=*/true,
+                                              /*scale=*/-0.3),
       explicit_attention(inputs.query, inputs.key, inputs.value, std::nullopt, true, -0.3),
       inputs.all());
 }
@@ -56,7 +58,8 @@ TEST(ScaledDotProductAttention, TrainsWithBooleanMaskThatEmptiesRows) {
   const Inputs inputs;
   at::Tensor mask = at::rand({2, 1, 37, 45}).gt(0.4);
   mask.select(2, 5).fill_(false);
-  const at::Tensor out = scaled_dot_product_attention(inputs.query, inputs.key, inputs.value, mask);
+  const at::Tensor out =
+      torch_ext::scaled_dot_product_attention(inputs.query, inputs.key, inputs.value, mask);
   EXPECT_EQ(out.select(2, 5).abs().max().item<float>(), 0.0F);
   expect_same_gradients(out, explicit_attention(inputs.query, inputs.key, inputs.value, mask),
                         inputs.all());
@@ -68,7 +71,7 @@ TEST(ScaledDotProductAttention, DifferentiatesAdditiveMask) {
   std::vector<at::Tensor> all = inputs.all();
   all.push_back(bias);
   expect_same_gradients(
-      scaled_dot_product_attention(inputs.query, inputs.key, inputs.value, bias),
+      torch_ext::scaled_dot_product_attention(inputs.query, inputs.key, inputs.value, bias),
       explicit_attention(inputs.query, inputs.key, inputs.value, bias), all);
 }
 
@@ -76,28 +79,32 @@ TEST(ScaledDotProductAttention, TrainsGroupedQueries) {
   const at::Tensor query = random_leaf({2, 6, 19, 16});
   const at::Tensor key = random_leaf({2, 2, 23, 16});
   const at::Tensor value = random_leaf({2, 2, 23, 16});
-  expect_same_gradients(
-      scaled_dot_product_attention(query, key, value, std::nullopt, 0.0, /*is_causal=*/true,
-                                   std::nullopt, /*enable_gqa=*/true),
-      explicit_attention(query, key, value, std::nullopt, true), {query, key, value});
+  expect_same_gradients(torch_ext::scaled_dot_product_attention(query, key, value, std::nullopt,
+                                                                0.0, /*is_causal=*/true,
+                                                                std::nullopt, /*enable_gqa=*/true),
+                        explicit_attention(query, key, value, std::nullopt, true),
+                        {query, key, value});
 }
 
 TEST(ScaledDotProductAttention, InferenceEqualsTraining) {
   const Inputs inputs;
-  const at::Tensor trained = scaled_dot_product_attention(inputs.query, inputs.key, inputs.value);
+  const at::Tensor trained =
+      torch_ext::scaled_dot_product_attention(inputs.query, inputs.key, inputs.value);
   const at::NoGradGuard no_grad;
-  const at::Tensor out = scaled_dot_product_attention(inputs.query, inputs.key, inputs.value);
+  const at::Tensor out =
+      torch_ext::scaled_dot_product_attention(inputs.query, inputs.key, inputs.value);
   EXPECT_FALSE(out.requires_grad());
   EXPECT_TRUE(at::equal(out, trained));
   const c10::InferenceMode inference;
   EXPECT_TRUE(at::equal(
-      scaled_dot_product_attention(inputs.query, inputs.key, inputs.value), trained));
+      torch_ext::scaled_dot_product_attention(inputs.query, inputs.key, inputs.value), trained));
 }
 
 TEST(ScaledDotProductAttention, DropsFromTheGenerator) {
   const Inputs inputs;
   const auto draw = [&inputs] {
-    return scaled_dot_product_attention(inputs.query, inputs.key, inputs.value, std::nullopt, 0.5);
+    return torch_ext::scaled_dot_product_attention(inputs.query, inputs.key, inputs.value,
+                                                   std::nullopt, 0.5);
   };
   torch::manual_seed(1);
   const at::Tensor first = draw();
@@ -121,7 +128,7 @@ TEST(ScaledDotProductAttention, SecondOrder) {
     }
     return torch::autograd::grad({penalty}, inputs);
   };
-  const auto actual = penalty_gradients(scaled_dot_product_attention(query, key, value));
+  const auto actual = penalty_gradients(torch_ext::scaled_dot_product_attention(query, key, value));
   const auto expected = penalty_gradients(explicit_attention(query, key, value));
   for (std::size_t input = 0; input < inputs.size(); ++input) {
     EXPECT_LT(relative_error(actual[input], expected[input]), 1e-12) << "input " << input;
@@ -130,12 +137,10 @@ TEST(ScaledDotProductAttention, SecondOrder) {
 
 TEST(AttentionForward, LogsumexpAndItsGradient) {
   const Inputs inputs;
-  const auto [out, logsumexp] =
-      attention_forward(inputs.query, inputs.key, inputs.value,
-                        {.is_causal = true, .causal_offset = 45 - 37});
+  const auto [out, logsumexp] = attention_forward(inputs.query, inputs.key, inputs.value,
+                                                  {.is_causal = true, .causal_offset = 45 - 37});
   ASSERT_EQ(logsumexp.sizes(), (at::IntArrayRef{2, 4, 37}));
-  const at::Tensor after =
-      at::ones({37, 45}, at::kBool).tril(/*diagonal=*/45 - 37).logical_not();
+  const at::Tensor after = at::ones({37, 45}, at::kBool).tril(/*diagonal=*/45 - 37).logical_not();
   const at::Tensor scores =
       (at::matmul(inputs.query, inputs.key.transpose(-2, -1)) / std::sqrt(24.0))
           .masked_fill(after, -std::numeric_limits<double>::infinity());
@@ -146,9 +151,8 @@ TEST(AttentionForward, PaddingAndSeed) {
   const Inputs inputs;
   const at::Tensor padding = at::zeros({2, 45}, at::kBool);
   padding.slice(1, 30).fill_(true);
-  const AttentionForwardOptions options{.dropout_p = 0.3,
-                                        .key_padding_mask = padding,
-                                        .dropout_seed = at::full({1}, 42, at::kLong)};
+  const AttentionForwardOptions options{
+      .dropout_p = 0.3, .key_padding_mask = padding, .dropout_seed = at::full({1}, 42, at::kLong)};
   const at::Tensor out =
       std::get<0>(attention_forward(inputs.query, inputs.key, inputs.value, options));
   EXPECT_TRUE(at::equal(
@@ -161,7 +165,7 @@ TEST(AttentionForward, PaddingAndSeed) {
 
 TEST(LastAttentionPath, NamesTheKernel) {
   const Inputs inputs;
-  scaled_dot_product_attention(inputs.query, inputs.key, inputs.value);
+  torch_ext::scaled_dot_product_attention(inputs.query, inputs.key, inputs.value);
   EXPECT_EQ(std::string(last_attention_path()).rfind("cpu.", 0), 0U) << last_attention_path();
 }
 

@@ -27,8 +27,8 @@ TEST(AttentionThreads, GiveTheSameBits) {
   std::vector<at::Tensor> inputs;
   std::vector<Result> expected;
   const auto compute = [](const at::Tensor& input) -> Result {
-    const at::Tensor out =
-        scaled_dot_product_attention(input, input, input, std::nullopt, 0.0, /*is_causal=*/true);
+    const at::Tensor out = torch_ext::scaled_dot_product_attention(
+        input, input, input, std::nullopt, 0.0, /*is_causal=*/true);
     return {out.detach(), gradients(out, {input}, at::ones_like(out))[0]};
   };
   for (int thread = 0; thread < kThreads; ++thread) {

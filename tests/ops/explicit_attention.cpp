@@ -10,8 +10,7 @@ namespace torch_ext::testing {
 at::Tensor explicit_attention(const at::Tensor& query, const at::Tensor& key,
                               const at::Tensor& value, const std::optional<at::Tensor>& mask,
                               bool is_causal, std::optional<double> scale) {
-  const double factor =
-      scale.value_or(1.0 / std::sqrt(static_cast<double>(query.size(-1))));
+  const double factor = scale.value_or(1.0 / std::sqrt(static_cast<double>(query.size(-1))));
   const std::int64_t group = query.size(1) / key.size(1);
   const at::Tensor keys = key.repeat_interleave(group, 1);
   const at::Tensor values = value.repeat_interleave(group, 1);
@@ -30,8 +29,7 @@ at::Tensor explicit_attention(const at::Tensor& query, const at::Tensor& key,
   }
   scores = scores.masked_fill(excluded, -std::numeric_limits<double>::infinity());
   const at::Tensor empty = excluded.all(-1, /*keepdim=*/true);
-  const at::Tensor weights =
-      scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0);
+  const at::Tensor weights = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0);
   return at::matmul(weights, values);
 }
 

@@ -13,7 +13,7 @@ using testing::relative_error;
 
 bool runs_fused(const at::Tensor& query) {
   // A call of known path first, so that what is read below is of the call that is asked about.
-  scaled_dot_product_attention(query.slice(2, 0, 0), query, query);
+  torch_ext::scaled_dot_product_attention(query.slice(2, 0, 0), query, query);
   EXPECT_EQ(std::string(last_attention_path()), "cpu.empty");
   at::scaled_dot_product_attention(query, query, query);
   return std::string(last_attention_path()) != "cpu.empty";
@@ -52,7 +52,8 @@ TEST(SdpaOverride, TrainsLibTorchModules) {
   const at::Tensor input = at::randn({7, 2, 32});  // (seq, batch, embed)
   const auto gradient = [&layer, &input] {
     layer->zero_grad();
-    std::get<0>(layer->forward(input, input, input, /*key_padding_mask=*/{}, /*need_weights=*/false))
+    std::get<0>(
+        layer->forward(input, input, input, /*key_padding_mask=*/{}, /*need_weights=*/false))
         .square()
         .sum()
         .backward();

@@ -75,15 +75,20 @@ class Expansion {
     // (..., kv_heads, group, length, dim)
     Geometry::Sizes grouped_sizes = sizes;
     grouped_sizes.insert(grouped_sizes.end() - 2, geometry_.query_heads / geometry_.kv_heads);
-    return expanded.unsqueeze(-3).expand_symint(grouped_sizes).flatten(-4, -3);
+    Geometry::Sizes merged_sizes = sizes;
+    *(merged_sizes.end() - 3) = geometry_.query_heads;
+    return expanded.unsqueeze(-3).expand_symint(grouped_sizes).reshape_symint(merged_sizes);
   }
 
   at::Tensor reduce_heads(const at::Tensor& grad, const at::Tensor& input) const {
     at::Tensor sum = grad;
     if (grouped()) {
-      const std::array<c10::SymInt, 2> sizes{geometry_.kv_heads,
-                                             geometry_.query_heads / geometry_.kv_heads};
-      sum = grad.unflatten_symint(-3, sizes).sum(-3);
+      const c10::SymIntArrayRef own = grad.sym_sizes();  // (..., query_heads, length, dim)
+      Geometry::Sizes sizes(own.begin(), own.end() - 3);
+      sizes.push_back(geometry_.kv_heads);
+      sizes.push_back(geometry_.query_heads / geometry_.kv_heads);
+      sizes.append(own.end() - 2, own.end());
+      sum = grad.reshape_symint(sizes).sum(-3);
     }
     return at::sum_to(sum, input.sym_sizes()).to(input.scalar_type());
   }

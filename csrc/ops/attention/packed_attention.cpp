@@ -80,11 +80,19 @@ namespace {
 
 /// (..., seq, embed) -> (..., num_heads, seq, head_dim), differentiable.
 at::Tensor split_heads(const at::Tensor& merged, std::int64_t num_heads) {
-  const std::array<c10::SymInt, 2> sizes{num_heads, merged.sym_size(-1) / num_heads};
-  return merged.unflatten_symint(-1, sizes).transpose(-3, -2);
+  c10::SymDimVector sizes(merged.sym_sizes().begin(), merged.sym_sizes().end());
+  sizes.push_back(sizes.back() / num_heads);
+  sizes[sizes.size() - 2] = num_heads;
+  return merged.reshape_symint(sizes).transpose(-3, -2);
 }
 
-at::Tensor merge_heads(const at::Tensor& heads) { return heads.transpose(-3, -2).flatten(-2, -1); }
+/// And back.
+at::Tensor merge_heads(const at::Tensor& heads) {
+  const at::Tensor split = heads.transpose(-3, -2);
+  c10::SymDimVector sizes(split.sym_sizes().begin(), split.sym_sizes().end() - 1);
+  sizes.back() = sizes.back() * split.sym_size(-1);
+  return split.reshape_symint(sizes);
+}
 
 struct Parts {
   at::Tensor query;
