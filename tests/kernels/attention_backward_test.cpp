@@ -54,11 +54,11 @@ TEST_P(AttentionBackward, MaskGradientOfEveryBroadcastOverSomeBatchDimensions) {
                          .mask = {.kind = AttentionMaskKind::kAdditive},
                          .seed = bits + 1,
                          .wants_grad_mask = true};
-      spec.mask.broadcast = {.heads = (bits & 8) != 0,
-                             .rows = (bits & 16) != 0,
-                             .cols = (bits & 32) != 0,
-                             .batch_dims = {(bits & 1) != 0, false, (bits & 2) != 0,
-                                            (bits & 4) != 0}};
+      spec.mask.broadcast = {
+          .heads = (bits & 8) != 0,
+          .rows = (bits & 16) != 0,
+          .cols = (bits & 32) != 0,
+          .batch_dims = {(bits & 1) != 0, false, (bits & 2) != 0, (bits & 4) != 0}};
       cases.push_back(spec);
     }
     check_cases(kernel(), thinned(cases), false);
@@ -183,6 +183,23 @@ TEST_P(AttentionBackward, RowsOfHugeNegativeMasksStayBounded) {
         }
       }
     }
+  }
+}
+
+TEST_P(AttentionBackward, MaskGradientOfNoBatchesIsZero) {
+  for (const ScalarType dtype : kAllDtypes) {
+    AttentionCase spec{.dtype = dtype,
+                       .batch_sizes = {2, 0, 1, 1},
+                       .q_len = 5,
+                       .kv_len = 9,
+                       .mask = {.kind = AttentionMaskKind::kAdditive},
+                       .wants_grad_mask = true};
+    spec.mask.broadcast.batch_dims[1] = true;
+    AttentionProblem problem(spec);
+    run_backward(kernel(), problem, SerialTaskRunner());
+    const std::vector<std::uint8_t> bytes = problem.grad_mask.bytes();
+    EXPECT_EQ(bytes.size(), 2u * 2 * 5 * 9 * (dtype == ScalarType::kFloat64 ? 8 : 4));
+    EXPECT_EQ(bytes, std::vector<std::uint8_t>(bytes.size()));
   }
 }
 

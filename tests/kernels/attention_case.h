@@ -46,7 +46,7 @@ struct AttentionCase {
   GuardSide guard = GuardSide::kBack;
   double scale = std::numeric_limits<double>::quiet_NaN();  // NaN: 1 / sqrt(head_dim)
   MaskSpec mask{};
-  double key_padding = 0.0;  // share of the keys that are ignored; 0: no such tensor
+  double key_padding = 0.0;         // share of the keys that are ignored; 0: no such tensor
   bool key_padding_shared = false;  // one row for every batch
   bool is_causal = false;
   std::int64_t causal_offset = 0;
@@ -56,8 +56,8 @@ struct AttentionCase {
   bool has_grad_logsumexp = false;
   bool wants_grad_mask = false;
   bool forward_only = false;
-  double magnitude = 1.0;          // standard deviation of query and key
-  double tolerance_factor = 1.0;   // on the error bounds of the dtype
+  double magnitude = 1.0;         // standard deviation of query and key
+  double tolerance_factor = 1.0;  // on the error bounds of the dtype
 };
 
 /// "f32 q8 kv8 d16 ..." with what differs from the default.

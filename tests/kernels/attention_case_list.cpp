@@ -2,27 +2,18 @@
 
 #include <gtest/gtest.h>
 
-#include <cmath>
 #include <cstdint>
-#include <limits>
 
 #include "attention_check.h"
 
 namespace torch_ext::testing {
 namespace {
 
-constexpr std::int64_t kLengths[] = {1,  2,  3,  4,  5,  6,  7,  8,  9,  11, 12,
-                                     13, 15, 16, 17, 23, 24, 25, 31, 32, 33, 47,
+constexpr std::int64_t kLengths[] = {1,  2,  3,  4,  5,  6,  7,  8,  9,   11,  12,
+                                     13, 15, 16, 17, 23, 24, 25, 31, 32,  33,  47,
                                      48, 49, 63, 64, 65, 95, 96, 97, 127, 128, 129};
 
-constexpr Layout kLayouts[] = {
-    Layout::kBhsd,          Layout::kBshd,          Layout::kSbhd,         Layout::kHbsd,
-    Layout::kPaddedRows,    Layout::kTransposed,    Layout::kEverySecondCol,
-    Layout::kExpandedBatch, Layout::kExpandedHeads, Layout::kExpandedRows, Layout::kExpandedAll};
-
-constexpr MaskPattern kPatterns[] = {MaskPattern::kRandom, MaskPattern::kFull,
-                                     MaskPattern::kEmpty,  MaskPattern::kWindow,
-                                     MaskPattern::kBlocks, MaskPattern::kHalfRows};
+}  // namespace
 
 Broadcast broadcast_of(int bits) {
   return {.batch = (bits & 1) != 0,
@@ -31,14 +22,11 @@ Broadcast broadcast_of(int bits) {
           .cols = (bits & 8) != 0};
 }
 
-/// Distinct random numbers for each case of a list.
 CaseList numbered(CaseList cases) {
   std::int64_t seed = 1;
   for (AttentionCase& spec : cases) spec.seed = seed++;
   return cases;
 }
-
-}  // namespace
 
 CaseList tile_edge_cases(ScalarType dtype) {
   CaseList cases;
@@ -55,7 +43,8 @@ CaseList tile_edge_cases(ScalarType dtype) {
       cases.push_back(spec);
     }
   }
-  for (const std::int64_t q_len : {191, 193, 255, 257, 385}) {
+  // Up to kMaxSubTiles sub-tiles of 12 to 32 rows share a block of keys.
+  for (const std::int64_t q_len : {191, 193, 255, 257, 385, 513, 800}) {
     for (const std::int64_t kv_len : {63, 129, 193}) {
       AttentionCase spec = base;
       spec.q_len = q_len;
@@ -76,9 +65,17 @@ CaseList head_dim_cases(ScalarType dtype) {
     spec.head_dim = head_dim;
     cases.push_back(spec);
   }
-  for (const auto& [head_dim, value_dim] :
-       {std::pair{64, 1}, {1, 64}, {33, 80}, {80, 33}, {128, 256}, {256, 17}, {512, 3}, {3, 512},
-        {7, 8}, {8, 7}, {192, 128}}) {
+  for (const auto& [head_dim, value_dim] : {std::pair{64, 1},
+                                            {1, 64},
+                                            {33, 80},
+                                            {80, 33},
+                                            {128, 256},
+                                            {256, 17},
+                                            {512, 3},
+                                            {3, 512},
+                                            {7, 8},
+                                            {8, 7},
+                                            {192, 128}}) {
     AttentionCase spec = base;
     spec.head_dim = head_dim;
     spec.value_dim = value_dim;
@@ -122,7 +119,7 @@ CaseList zero_sized_cases(ScalarType dtype) {
 CaseList layout_cases(ScalarType dtype) {
   CaseList cases;
   int turn = 0;
-  for (const Layout layout : kLayouts) {
+  for (const Layout layout : kAllLayouts) {
     for (const std::int64_t head_dim : {16, 17, 40}) {
       AttentionCase spec{.dtype = dtype,
                          .batch_sizes = {2, 1, 1, 3},
@@ -136,14 +133,12 @@ CaseList layout_cases(ScalarType dtype) {
       spec.packed = layout == Layout::kBhsd;
       for (const GuardSide guard : {GuardSide::kBack, GuardSide::kFront}) {
         spec.guard = guard;
-        spec.grad_out_layout = kLayouts[turn++ % std::size(kLayouts)];
-        // Equal columns add up without cancelling, and so do their roundings.
-        if (layout == Layout::kExpandedAll) spec.tolerance_factor = 8.0;
+        spec.grad_out_layout = kAllLayouts[turn++ % std::size(kAllLayouts)];
         cases.push_back(spec);
       }
     }
   }
-  for (const Layout grad_out_layout : kLayouts) {
+  for (const Layout grad_out_layout : kAllLayouts) {
     cases.push_back({.dtype = dtype,
                      .batch_sizes = {1, 2, 1, 1},
                      .q_len = 35,
@@ -157,8 +152,8 @@ CaseList layout_cases(ScalarType dtype) {
 
 CaseList batch_and_group_cases(ScalarType dtype) {
   CaseList cases;
-  for (const auto& [query_heads, kv_heads] : {std::pair{4, 2}, {8, 1}, {6, 2}, {3, 1}, {5, 5},
-                                              {12, 4}, {16, 1}, {40, 1}, {32, 8}}) {
+  for (const auto& [query_heads, kv_heads] :
+       {std::pair{4, 2}, {8, 1}, {6, 2}, {3, 1}, {5, 5}, {12, 4}, {16, 1}, {40, 1}, {32, 8}}) {
     for (const std::int64_t q_len : {1, 2, 3, 7, 33}) {
       AttentionCase spec{.dtype = dtype,
                          .batch_sizes = {1, 1, 1, 2},
@@ -195,8 +190,16 @@ CaseList batch_and_group_cases(ScalarType dtype) {
 CaseList causal_cases(ScalarType dtype) {
   CaseList cases;
   constexpr std::int64_t kHuge = std::int64_t{1} << 40;
-  for (const auto& [q_len, kv_len] : {std::pair{1, 1}, {7, 7}, {33, 33}, {64, 64}, {65, 65},
-                                      {130, 130}, {9, 70}, {70, 9}, {129, 257}, {257, 129}}) {
+  for (const auto& [q_len, kv_len] : {std::pair{1, 1},
+                                      {7, 7},
+                                      {33, 33},
+                                      {64, 64},
+                                      {65, 65},
+                                      {130, 130},
+                                      {9, 70},
+                                      {70, 9},
+                                      {129, 257},
+                                      {257, 129}}) {
     for (const std::int64_t offset :
          {std::int64_t{0}, std::int64_t{kv_len - q_len}, std::int64_t{1}, std::int64_t{-1},
           std::int64_t{-5}, std::int64_t{31}, std::int64_t{64}, std::int64_t{-64},
@@ -213,178 +216,6 @@ CaseList causal_cases(ScalarType dtype) {
     }
   }
   return numbered(cases);
-}
-
-CaseList boolean_mask_cases(ScalarType dtype) {
-  CaseList cases;
-  const AttentionCase base{.dtype = dtype,
-                           .batch_sizes = {2, 1, 1, 2},
-                           .query_heads = 4,
-                           .kv_heads = 2,
-                           .q_len = 33,
-                           .kv_len = 67,
-                           .head_dim = 16,
-                           .mask = {.kind = AttentionMaskKind::kBoolean}};
-  for (int bits = 0; bits < 16; ++bits) {
-    AttentionCase spec = base;
-    spec.mask.broadcast = broadcast_of(bits);
-    cases.push_back(spec);
-    spec.is_causal = true;
-    spec.causal_offset = 30;
-    spec.mask.density = 0.4;
-    cases.push_back(spec);
-  }
-  for (const Layout layout : kLayouts) {
-    AttentionCase spec = base;
-    spec.mask.layout = layout;
-    spec.query_heads = spec.kv_heads = 3;
-    cases.push_back(spec);
-  }
-  for (const MaskPattern pattern : kPatterns) {
-    for (const auto& [q_len, kv_len] : {std::pair{70, 70}, {200, 200}, {3, 300}, {300, 3}}) {
-      AttentionCase spec = base;
-      spec.batch_sizes = {1, 1, 1, 1};
-      spec.q_len = q_len;
-      spec.kv_len = kv_len;
-      spec.query_heads = q_len == 70 ? 2 : 1;
-      spec.kv_heads = 1;
-      spec.mask.pattern = pattern;
-      spec.mask.window = 40;
-      spec.mask.density = 0.5;
-      cases.push_back(spec);
-      spec.mask.broadcast.heads = true;
-      spec.mask.window = 5;
-      spec.key_padding = 0.5;
-      cases.push_back(spec);
-    }
-  }
-  return numbered(cases);
-}
-
-CaseList additive_mask_cases(ScalarType dtype) {
-  CaseList cases;
-  const AttentionCase base{.dtype = dtype,
-                           .batch_sizes = {2, 1, 1, 2},
-                           .query_heads = 4,
-                           .kv_heads = 2,
-                           .q_len = 21,
-                           .kv_len = 45,
-                           .head_dim = 16,
-                           .mask = {.kind = AttentionMaskKind::kAdditive, .dtype = dtype}};
-  for (int bits = 0; bits < 16; ++bits) {
-    AttentionCase spec = base;
-    spec.mask.broadcast = broadcast_of(bits);
-    spec.wants_grad_mask = true;
-    cases.push_back(spec);
-    spec.is_causal = true;
-    spec.causal_offset = 17;
-    spec.key_padding = 0.2;
-    spec.dropout = 0.2;
-    spec.has_grad_logsumexp = true;
-    cases.push_back(spec);
-    // Batch and heads that share a gradient, more of them than tasks.
-    spec = base;
-    spec.mask.broadcast = broadcast_of(bits);
-    spec.wants_grad_mask = true;
-    spec.batch_sizes = {3, 1, 7, 1};
-    spec.q_len = 5;
-    spec.kv_len = 9;
-    cases.push_back(spec);
-  }
-  for (const Layout layout : kLayouts) {
-    AttentionCase spec = base;
-    spec.mask.layout = layout;
-    spec.query_heads = spec.kv_heads = 3;
-    cases.push_back(spec);
-  }
-  for (const ScalarType mask_dtype : kAllDtypes) {
-    for (const MaskPattern pattern : kPatterns) {
-      AttentionCase spec = base;
-      spec.mask.dtype = mask_dtype;
-      spec.mask.pattern = pattern;
-      spec.q_len = 70;
-      spec.kv_len = 70;
-      spec.batch_sizes = {1, 1, 1, 1};
-      spec.wants_grad_mask = pattern == MaskPattern::kWindow;
-      cases.push_back(spec);
-      // Rows of nothing else have scores of -1e4, rounded to 1e-3 in float.
-      spec.mask.excluded = -1e4;
-      spec.tolerance_factor = 100.0;
-      cases.push_back(spec);
-    }
-  }
-  return numbered(cases);
-}
-
-CaseList key_padding_cases(ScalarType dtype) {
-  CaseList cases;
-  for (const double share : {0.05, 0.5, 0.95, 1.0}) {
-    for (const auto& [q_len, kv_len] : {std::pair{1, 33}, {9, 64}, {40, 129}, {200, 70}}) {
-      for (const bool shared : {false, true}) {
-        AttentionCase spec{.dtype = dtype,
-                           .batch_sizes = {2, 1, 2, 1},
-                           .query_heads = 4,
-                           .kv_heads = 2,
-                           .q_len = q_len,
-                           .kv_len = kv_len,
-                           .head_dim = 16,
-                           .key_padding = share,
-                           .key_padding_shared = shared};
-        cases.push_back(spec);
-        spec.is_causal = true;
-        spec.causal_offset = kv_len - q_len;
-        spec.mask.kind = shared ? AttentionMaskKind::kBoolean : AttentionMaskKind::kAdditive;
-        cases.push_back(spec);
-      }
-    }
-  }
-  return numbered(cases);
-}
-
-CaseList scale_cases(ScalarType dtype) {
-  CaseList cases;
-  for (const double scale : {0.0, -0.3, 1.0, -2.0}) {
-    for (const std::int64_t q_len : {1, 30}) {
-      AttentionCase spec{
-          .dtype = dtype, .q_len = q_len, .kv_len = 90, .head_dim = 20, .scale = scale};
-      // Nearly one key takes it all: dP and delta, made of the rounded `out`, cancel.
-      if (std::fabs(scale) >= 1.0) spec.tolerance_factor = 3.0;
-      cases.push_back(spec);
-      spec.is_causal = true;
-      spec.causal_offset = 10;
-      cases.push_back(spec);
-      spec.mask.kind = AttentionMaskKind::kAdditive;
-      cases.push_back(spec);
-    }
-  }
-  return numbered(cases);
-}
-
-CaseList dropout_cases(ScalarType dtype) {
-  CaseList cases;
-  // 1e-5 rounds to one part in 2^16, 0.999999 to 1.
-  for (const double probability : {0.1, 0.5, 1.0, 1e-5, 0.999999}) {
-    for (const auto& [q_len, kv_len] :
-         {std::pair{1, 1}, {1, 77}, {3, 130}, {20, 7}, {33, 65}, {130, 129}}) {
-      AttentionCase spec{.dtype = dtype,
-                         .batch_sizes = {1, 2, 1, 1},
-                         .query_heads = 4,
-                         .kv_heads = 2,
-                         .q_len = q_len,
-                         .kv_len = kv_len,
-                         .head_dim = 10,
-                         .dropout = probability};
-      cases.push_back(spec);
-      spec.is_causal = true;
-      spec.causal_offset = kv_len - q_len;
-      spec.has_grad_logsumexp = true;
-      cases.push_back(spec);
-    }
-  }
-  cases = numbered(cases);
-  cases.front().seed = std::numeric_limits<std::int64_t>::min();
-  cases.back().seed = -1;
-  return cases;
 }
 
 CaseList split_cases(ScalarType dtype) {

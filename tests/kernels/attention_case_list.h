@@ -11,6 +11,11 @@ namespace torch_ext::testing {
 inline constexpr ScalarType kAllDtypes[] = {ScalarType::kFloat32, ScalarType::kFloat64,
                                             ScalarType::kBFloat16, ScalarType::kFloat16};
 
+inline constexpr Layout kAllLayouts[] = {
+    Layout::kBhsd,          Layout::kBshd,         Layout::kSbhd,           Layout::kHbsd,
+    Layout::kPaddedRows,    Layout::kTransposed,   Layout::kEverySecondCol, Layout::kExpandedBatch,
+    Layout::kExpandedHeads, Layout::kExpandedRows, Layout::kExpandedAll};
+
 using CaseList = std::vector<AttentionCase>;
 
 /// Lengths around vectors (2 to 16 lanes), sub-tiles (6 to 32 rows), blocks (64 keys) and tasks.
@@ -32,6 +37,12 @@ CaseList split_cases(ScalarType dtype);
 
 /// `count` cases of any features together, the same for the same seed.
 CaseList random_cases(std::uint64_t seed, int count);
+
+/// Bits 0 to 3: batch, heads, rows, cols.
+Broadcast broadcast_of(int bits);
+
+/// Other random numbers for each case of a list.
+CaseList numbered(CaseList cases);
 
 /// All of `cases`, or every few of them where the build is slow (sanitizers).
 CaseList thinned(CaseList cases);

@@ -108,12 +108,12 @@ void expect_close(const std::string& what, const std::vector<double>& actual,
     }
   }
   if (actual.empty()) return;
-  const double norm_scale = std::sqrt(expected_squared) +
-                            rounding_scale * std::sqrt(static_cast<double>(actual.size()));
+  const double norm_scale =
+      std::sqrt(expected_squared) + rounding_scale * std::sqrt(static_cast<double>(actual.size()));
   EXPECT_LE(std::sqrt(error_squared), bound.norm * norm_scale)
-      << what << ": relative error " << std::sqrt(error_squared) / norm_scale << " in norm, worst at ["
-      << worst << "] of " << actual.size() << ": " << actual[worst] << ", expected "
-      << expected[worst];
+      << what << ": relative error " << std::sqrt(error_squared) / norm_scale
+      << " in norm, worst at [" << worst << "] of " << actual.size() << ": " << actual[worst]
+      << ", expected " << expected[worst];
   const double element_scale = largest_expected + rounding_scale;
   EXPECT_LE(largest_error, bound.element * element_scale)
       << what << "[" << worst << "] of " << actual.size() << " is " << actual[worst]
@@ -122,9 +122,8 @@ void expect_close(const std::string& what, const std::vector<double>& actual,
 
 std::string run_forward(const KernelTable& kernel, const AttentionProblem& problem,
                         const TaskRunner& runner) {
-  const std::string path =
-      run_kernel("forward", kernel.attention_forward_workspace, kernel.attention_forward,
-                 problem.forward_params(), runner);
+  const std::string path = run_kernel("forward", kernel.attention_forward_workspace,
+                                      kernel.attention_forward, problem.forward_params(), runner);
   EXPECT_TRUE(gaps_intact({&problem.out, &problem.logsumexp}))
       << "forward wrote outside its outputs";
   return path;
@@ -132,11 +131,10 @@ std::string run_forward(const KernelTable& kernel, const AttentionProblem& probl
 
 std::string run_backward(const KernelTable& kernel, const AttentionProblem& problem,
                          const TaskRunner& runner) {
-  const std::string path =
-      run_kernel("backward", kernel.attention_backward_workspace, kernel.attention_backward,
-                 problem.backward_params(), runner);
-  EXPECT_TRUE(gaps_intact({&problem.grad_query, &problem.grad_key, &problem.grad_value,
-                           &problem.grad_mask}))
+  const std::string path = run_kernel("backward", kernel.attention_backward_workspace,
+                                      kernel.attention_backward, problem.backward_params(), runner);
+  EXPECT_TRUE(gaps_intact(
+      {&problem.grad_query, &problem.grad_key, &problem.grad_value, &problem.grad_mask}))
       << "backward wrote outside its gradients";
   return path;
 }
@@ -159,8 +157,7 @@ bool check_attention(const KernelTable& kernel, const AttentionProblem& problem)
   const double rows = static_cast<double>(shape.batch() * shape.query_heads * shape.q_len);
   // Keys that a row attends to, on average over the rows.
   const double attended =
-      rows == 0.0 ? 1.0
-                  : std::max(1.0, static_cast<double>(problem.count_attended_pairs()) / rows);
+      rows == 0.0 ? 1.0 : std::max(1.0, static_cast<double>(problem.count_attended_pairs()) / rows);
   expect_close("out", problem.out.values(), exact.out.values(), forward,
                value_size / std::sqrt(attended));
   if (spec.wants_logsumexp) {
@@ -177,24 +174,31 @@ bool check_attention(const KernelTable& kernel, const AttentionProblem& problem)
   // dP is a sum of value_dim products; dS = P (dP - delta) with P about 1 / attended.
   double grad_weight_size = root_mean_square(exact.grad_out.values()) * value_size *
                             std::sqrt(static_cast<double>(shape.value_dim));
+  if (spec.dropout > 0.0 && spec.dropout < 1.0) grad_weight_size /= std::sqrt(1.0 - spec.dropout);
   if (spec.has_grad_logsumexp) grad_weight_size += 1.0;
+  // Equal rows or columns add up without cancelling, and so do their roundings.
+  double key_terms = std::sqrt(attended);
+  if (spec.layout == Layout::kExpandedRows || spec.layout == Layout::kExpandedAll) key_terms = 1.0;
+  if (spec.layout == Layout::kExpandedAll) {
+    grad_weight_size *= std::sqrt(static_cast<double>(std::max<std::int64_t>(1, shape.value_dim)));
+  }
   const double queries = std::max(
       1.0, rows / static_cast<double>(std::max<std::int64_t>(1, shape.batch() * shape.kv_heads)));
   const double scale = std::fabs(problem.scale);
   expect_close("grad_query", problem.grad_query.values(), exact.grad_query.values(), gradient,
-               scale * grad_weight_size * root_mean_square(exact.key.values()) /
-                   std::sqrt(attended));
+               scale * grad_weight_size * root_mean_square(exact.key.values()) / key_terms);
   expect_close("grad_key", problem.grad_key.values(), exact.grad_key.values(), gradient,
                scale * grad_weight_size * root_mean_square(exact.query.values()) *
                    std::sqrt(queries) / attended);
   expect_close("grad_value", problem.grad_value.values(), exact.grad_value.values(), gradient,
                root_mean_square(exact.grad_out.values()) * std::sqrt(queries) / attended);
   if (spec.wants_grad_mask) {
-    const double reduced =
+    double reduced =
         static_cast<double>(std::max<std::int64_t>(1, exact.grad_mask.extent().count())) /
         static_cast<double>(std::max<std::size_t>(1, exact.grad_mask.storage()->size() / 8));
+    if (layout_is_writable(spec.layout)) reduced = std::sqrt(reduced);
     expect_close("grad_mask", problem.grad_mask.values(), exact.grad_mask.values(), gradient,
-                 grad_weight_size * std::sqrt(reduced) / attended);
+                 grad_weight_size * reduced / attended);
   }
   return failures_so_far() == failures_before;
 }

@@ -37,11 +37,11 @@ class FarTensor {
     view_.head_stride = strides.head;
     view_.row_stride = strides.row;
     view_.col_stride = strides.col;
-    const std::int64_t last = offset(extent_.batch() - 1, extent_.heads - 1, extent_.rows - 1,
-                                     extent_.cols - 1);
+    const std::int64_t last =
+        offset(extent_.batch() - 1, extent_.heads - 1, extent_.rows - 1, extent_.cols - 1);
     mapped_bytes_ = static_cast<std::size_t>((last + 1) * width() + page_);
-    view_.data = mmap(nullptr, mapped_bytes_, PROT_NONE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    view_.data =
+        mmap(nullptr, mapped_bytes_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (view_.data == MAP_FAILED) throw std::bad_alloc();
     for_each([&](std::int64_t b, std::int64_t h, std::int64_t r, std::int64_t c) {
       make_accessible(offset(b, h, r, c) * width() / page_);
@@ -55,8 +55,7 @@ class FarTensor {
 
   StridedView view() const { return view_; }
   ConstStridedView const_view() const {
-    return {view_.data, view_.batch_strides, view_.head_stride, view_.row_stride,
-            view_.col_stride};
+    return {view_.data, view_.batch_strides, view_.head_stride, view_.row_stride, view_.col_stride};
   }
 
   std::vector<double> values() const {
@@ -178,12 +177,9 @@ class AttentionFarOffsets : public AttentionKernelTest {
 };
 
 TEST_P(AttentionFarOffsets, BatchesAndHeads) {
-  expect_same_with_masks({.batch_sizes = {2, 1, 1, 1},
-                          .query_heads = 2,
-                          .q_len = 20,
-                          .kv_len = 70,
-                          .head_dim = 12},
-                         {.batch = 4 * kFar, .head = kFar, .row = 128, .col = 1});
+  expect_same_with_masks(
+      {.batch_sizes = {2, 1, 1, 1}, .query_heads = 2, .q_len = 20, .kv_len = 70, .head_dim = 12},
+      {.batch = 4 * kFar, .head = kFar, .row = 128, .col = 1});
 }
 
 TEST_P(AttentionFarOffsets, Rows) {

@@ -69,13 +69,15 @@ TEST_P(AttentionForward, GrowingScoresAreRescaled) {
   // Each block of keys exceeds the ones before by far more than the conditional rescaling allows.
   for (const std::int64_t q_len : {1, 30}) {
     for (const double step : {0.05, 3.0, -3.0}) {
-      AttentionProblem problem(
-          {.q_len = q_len, .kv_len = 400, .head_dim = 4, .scale = 1.0, .forward_only = true,
-           .tolerance_factor = 100.0});
+      AttentionProblem problem({.q_len = q_len,
+                                .kv_len = 400,
+                                .head_dim = 4,
+                                .scale = 1.0,
+                                .forward_only = true,
+                                .tolerance_factor = 100.0});
       problem.query.fill([](auto, auto, auto, auto) { return 0.5; });
-      problem.key.fill([&](auto, auto, std::int64_t row, auto) {
-        return step * static_cast<double>(row) / 2;
-      });
+      problem.key.fill(
+          [&](auto, auto, std::int64_t row, auto) { return step * static_cast<double>(row) / 2; });
       check_attention(kernel(), problem);
     }
   }
@@ -113,11 +115,10 @@ TEST_P(AttentionForward, RowsWithoutKeysAreZero) {
 TEST_P(AttentionForward, LowestFiniteMaskIsNoExclusion) {
   // A row of nothing but the lowest value of its dtype, as transformers makes for left padding, is
   // uniform attention; in the log2 domain it must not overflow to -inf.
-  for (const auto& [dtype, lowest] :
-       {std::pair{ScalarType::kFloat32, -3.4028234663852886e38},
-        {ScalarType::kBFloat16, -3.3895313892515355e38},
-        {ScalarType::kFloat16, -65504.0},
-        {ScalarType::kFloat64, -1.7976931348623157e308}}) {
+  for (const auto& [dtype, lowest] : {std::pair{ScalarType::kFloat32, -3.4028234663852886e38},
+                                      {ScalarType::kBFloat16, -3.3895313892515355e38},
+                                      {ScalarType::kFloat16, -65504.0},
+                                      {ScalarType::kFloat64, -1.7976931348623157e308}}) {
     for (const std::int64_t q_len : {2, 50}) {
       AttentionProblem problem({.dtype = dtype,
                                 .q_len = q_len,
@@ -132,8 +133,7 @@ TEST_P(AttentionForward, LowestFiniteMaskIsNoExclusion) {
         double mean = 0.0;
         for (std::int64_t key = 0; key < 80; ++key) mean += problem.value.get(0, 1, key, d) / 80;
         // With 65504 added the scores' fractions are rounded to 2^-8 and better.
-        ASSERT_NEAR(problem.out.get(0, 1, 1, d), mean,
-                    dtype == ScalarType::kFloat16 ? 0.8 : 0.01);
+        ASSERT_NEAR(problem.out.get(0, 1, 1, d), mean, dtype == ScalarType::kFloat16 ? 0.8 : 0.01);
       }
       EXPECT_LT(problem.logsumexp.get(0, 1, 1, 0), -6e4);
       EXPECT_GT(problem.logsumexp.get(0, 1, 1, 0), -kInfinity);
@@ -177,11 +177,8 @@ TEST_P(AttentionForwardNonFinite, KeyPoisonsTheRowsThatAttendToIt) {
   for (const ScalarType dtype : kAllDtypes) {
     for (const std::int64_t q_len : {3, 40}) {
       for (const std::int64_t bad_key : {1, 2, 33, 69}) {
-        AttentionProblem problem({.dtype = dtype,
-                                  .q_len = q_len,
-                                  .kv_len = 70,
-                                  .is_causal = true,
-                                  .causal_offset = 32});
+        AttentionProblem problem(
+            {.dtype = dtype, .q_len = q_len, .kv_len = 70, .is_causal = true, .causal_offset = 32});
         problem.key.set(0, 0, bad_key, 5, kNan);
         run_forward(kernel(), problem, SerialTaskRunner());
         std::vector<bool> expected;
@@ -197,8 +194,7 @@ TEST_P(AttentionForwardNonFinite, MaskedKeysDoNotMatter) {
     for (const std::int64_t q_len : {3, 40}) {
       for (const double bad : {kNan, kInfinity}) {
         for (const int how : {0, 1, 2}) {
-          AttentionCase spec{
-              .dtype = dtype, .q_len = q_len, .kv_len = 200, .forward_only = true};
+          AttentionCase spec{.dtype = dtype, .q_len = q_len, .kv_len = 200, .forward_only = true};
           if (how == 0) spec.key_padding = 0.5;
           if (how == 1) spec.mask.kind = AttentionMaskKind::kBoolean;
           if (how == 2) spec.mask.kind = AttentionMaskKind::kAdditive;
@@ -247,9 +243,8 @@ TEST_P(AttentionForwardNonFinite, PayloadsOfNanStayNan) {
 TEST_P(AttentionForwardNonFinite, MaskOfNanAndInfinity) {
   for (const double bad : {kNan, kInfinity}) {
     for (const std::int64_t q_len : {3, 40}) {
-      AttentionProblem problem({.q_len = q_len,
-                                .kv_len = 70,
-                                .mask = {.kind = AttentionMaskKind::kAdditive}});
+      AttentionProblem problem(
+          {.q_len = q_len, .kv_len = 70, .mask = {.kind = AttentionMaskKind::kAdditive}});
       problem.mask.set(0, 0, 1, 68, bad);
       run_forward(kernel(), problem, SerialTaskRunner());
       std::vector<bool> expected(static_cast<std::size_t>(q_len));

@@ -43,8 +43,7 @@ void expect_classes(const AttentionProblem& problem, const MaskMapPlan& plan,
   std::vector<TileClass> map(
       static_cast<std::size_t>(plan.slices * plan.row_tiles * plan.column_tiles),
       static_cast<TileClass>(77));
-  build_mask_map(problem.forward_params().masking, shape, plan, rows_per_query, runner,
-                 map.data());
+  build_mask_map(problem.forward_params().masking, shape, plan, rows_per_query, runner, map.data());
   const std::int64_t rows = shape.q_len * rows_per_query;
   std::vector<bool> seen(static_cast<std::size_t>(plan.slices));
   for (std::int64_t batch = 0; batch < shape.batch(); ++batch) {
@@ -64,10 +63,8 @@ void expect_classes(const AttentionProblem& problem, const MaskMapPlan& plan,
           const TileContents expected =
               contents(problem, batch, kv_head, first_query, last_query, first_key,
                        std::min(first_key + plan.column_tile, shape.kv_len));
-          const TileClass actual =
-              map[static_cast<std::size_t>((slice * plan.row_tiles + stored_tile) *
-                                               plan.column_tiles +
-                                           column_tile)];
+          const TileClass actual = map[static_cast<std::size_t>(
+              (slice * plan.row_tiles + stored_tile) * plan.column_tiles + column_tile)];
           ASSERT_EQ(actual, expected.any_true && expected.any_false ? TileClass::kMixed
                             : expected.any_true                     ? TileClass::kFull
                                                                     : TileClass::kEmpty)
@@ -101,9 +98,9 @@ AttentionCase boolean_case() {
 }
 
 TEST(MaskMap, PatternsAndLayouts) {
-  for (const MaskPattern pattern : {MaskPattern::kRandom, MaskPattern::kFull, MaskPattern::kEmpty,
-                                    MaskPattern::kWindow, MaskPattern::kBlocks,
-                                    MaskPattern::kHalfRows}) {
+  for (const MaskPattern pattern :
+       {MaskPattern::kRandom, MaskPattern::kFull, MaskPattern::kEmpty, MaskPattern::kWindow,
+        MaskPattern::kBlocks, MaskPattern::kHalfRows}) {
     for (const Layout layout : {Layout::kBhsd, Layout::kTransposed, Layout::kEverySecondCol,
                                 Layout::kSbhd, Layout::kExpandedAll}) {
       AttentionCase spec = boolean_case();
@@ -118,11 +115,11 @@ TEST(MaskMap, EveryBroadcast) {
   for (int bits = 0; bits < 128; ++bits) {
     AttentionCase spec = boolean_case();
     spec.mask.density = 0.5;
-    spec.mask.broadcast = {.heads = (bits & 1) != 0,
-                           .rows = (bits & 2) != 0,
-                           .cols = (bits & 4) != 0,
-                           .batch_dims = {(bits & 8) != 0, (bits & 16) != 0, (bits & 32) != 0,
-                                          (bits & 64) != 0}};
+    spec.mask.broadcast = {
+        .heads = (bits & 1) != 0,
+        .rows = (bits & 2) != 0,
+        .cols = (bits & 4) != 0,
+        .batch_dims = {(bits & 8) != 0, (bits & 16) != 0, (bits & 32) != 0, (bits & 64) != 0}};
     expect_classes(AttentionProblem(spec));
   }
 }

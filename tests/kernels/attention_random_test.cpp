@@ -33,10 +33,10 @@ class AttentionWorkers : public AttentionKernelTest {
   void expect_same_results(const AttentionCase& spec) const {
     const auto expected = results(spec, SerialTaskRunner());
     std::vector<std::unique_ptr<TaskRunner>> runners;
-    for (const int workers : {1, 2, 3, 7}) {
+    for (const int workers : {2, 3, 7}) {
       runners.push_back(std::make_unique<ThreadTaskRunner>(workers, workers));
-      runners.push_back(std::make_unique<ReversedTaskRunner>(workers));
     }
+    runners.push_back(std::make_unique<ReversedTaskRunner>(3));
     for (const auto& runner : runners) {
       ASSERT_EQ(results(spec, *runner), expected)
           << runner->num_workers() << " workers: " << describe(spec);
@@ -56,16 +56,17 @@ TEST_P(AttentionWorkers, DoNotChangeABit) {
     cases.push_back(spec);
     spec.query_heads = spec.kv_heads = 1;
     spec.q_len = 30;
-    spec.kv_len = 2100;
-    spec.causal_offset = 2000;
+    spec.kv_len = 1100;
+    spec.causal_offset = 1000;
     cases.push_back(spec);
     spec.q_len = 3;
     cases.push_back(spec);
     spec = base;
-    spec.batch_sizes = {3, 1, 2, 1};
+    spec.batch_sizes = {1, 1, 3, 1};
     spec.q_len = 20;
-    spec.kv_len = 600;
+    spec.kv_len = 520;
     spec.query_heads = 4;
+    spec.head_dim = 8;
     spec.mask.kind = AttentionMaskKind::kAdditive;
     spec.wants_grad_mask = true;
     for (int bits = 0; bits < 8; ++bits) {

@@ -133,8 +133,8 @@ TEST(AttentionReference, RowsWithoutKeysGiveZeros) {
 }
 
 TEST(AttentionReference, ReadsEveryLayoutAndDtypeAlike) {
-  for (const ScalarType dtype : {ScalarType::kFloat32, ScalarType::kFloat64,
-                                 ScalarType::kBFloat16, ScalarType::kFloat16}) {
+  for (const ScalarType dtype :
+       {ScalarType::kFloat32, ScalarType::kFloat64, ScalarType::kBFloat16, ScalarType::kFloat16}) {
     for (const Layout layout : {Layout::kBshd, Layout::kSbhd, Layout::kHbsd, Layout::kPaddedRows,
                                 Layout::kTransposed, Layout::kExpandedHeads}) {
       const AttentionProblem problem({.dtype = dtype,

@@ -202,9 +202,8 @@ TEST(BackwardPlan, EachPairAddsToItsSliceOfTheMaskGradientOnce) {
         ASSERT_GE(pair, 0);
         ASSERT_LT(pair, plan.pairs);
         ++visits[static_cast<std::size_t>(pair)];
-        const std::int64_t place =
-            slice_offset(mask, shape.batch_sizes, pair / shape.kv_heads,
-                         pair % shape.kv_heads * shape.group());
+        const std::int64_t place = slice_offset(mask, shape.batch_sizes, pair / shape.kv_heads,
+                                                pair % shape.kv_heads * shape.group());
         if (index == 0) offset = place;
         ASSERT_EQ(place, offset) << "pairs of a slice have one place";
       }

@@ -1,7 +1,7 @@
 // AVX-512 intrinsics on machines without AVX-512, so that the kernels written with them can be
 // tested anywhere: SIMDe's where it is installed (TORCH_EXT_HAS_SIMDE), ours for what it lacks and
-// for what would be too slow. To be included inside a `#pragma GCC target` region with AVX2, FMA and
-// F16C, after the standard headers.
+// for what would be too slow. To be included inside a `#pragma GCC target` region with AVX2, FMA
+// and F16C, after the standard headers.
 #pragma once
 
 #include <immintrin.h>
@@ -87,8 +87,8 @@ static inline __attribute__((always_inline)) void store_streaming(void* target, 
   __builtin_memcpy(target, &x, sizeof x);
 }
 
-/// __builtin_shuffle: the compiler has no 64-byte permutation to use and would write each lane's move
-/// out, in every transpose of the kernels, for minutes of compiling.
+/// __builtin_shuffle: the compiler has no 64-byte permutation to use and would write each lane's
+/// move out, in every transpose of the kernels, for minutes of compiling.
 template <typename Vector, typename Mask>
 static __attribute__((noinline)) Vector shuffle(Vector a, Vector b, Mask mask) {
   constexpr int kLanes = sizeof(Vector) / sizeof(a[0]);
@@ -109,10 +109,10 @@ static __attribute__((noinline)) Vector shuffle(Vector a, Vector b, Mask mask) {
 #define __m256bh ::torch_ext::emulation::Bfloats
 
 #undef _mm512_dpbf16_ps
-#define _mm512_dpbf16_ps(sum, a, b)                                   \
-  ((__m512)::torch_ext::emulation::dot_bf16_pairs(                    \
-      (::torch_ext::emulation::Float16)(sum),                         \
-      (::torch_ext::emulation::Word16)(a), (::torch_ext::emulation::Word16)(b)))
+#define _mm512_dpbf16_ps(sum, a, b)                                                       \
+  ((__m512)::torch_ext::emulation::dot_bf16_pairs((::torch_ext::emulation::Float16)(sum), \
+                                                  (::torch_ext::emulation::Word16)(a),    \
+                                                  (::torch_ext::emulation::Word16)(b)))
 #undef _mm512_cvtneps_pbh
 #define _mm512_cvtneps_pbh(x) \
   ::torch_ext::emulation::round_to_bf16((::torch_ext::emulation::Float16)(x))

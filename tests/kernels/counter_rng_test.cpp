@@ -11,8 +11,7 @@ namespace torch_ext {
 namespace {
 
 std::array<std::uint32_t, 4> philox(std::array<std::uint32_t, 4> counter, std::uint64_t seed) {
-  const PhiloxBlock block =
-      philox4x32_10({{counter[0], counter[1], counter[2], counter[3]}}, seed);
+  const PhiloxBlock block = philox4x32_10({{counter[0], counter[1], counter[2], counter[3]}}, seed);
   return {block.word[0], block.word[1], block.word[2], block.word[3]};
 }
 

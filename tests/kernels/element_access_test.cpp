@@ -60,8 +60,7 @@ TEST_P(HalfFormats, KeepTheSignOfZero) {
   EXPECT_TRUE(std::signbit(decode_half(0x8000, GetParam())));
 }
 
-INSTANTIATE_TEST_SUITE_P(Formats, HalfFormats,
-                         ::testing::Values(kBFloat16Format, kFloat16Format),
+INSTANTIATE_TEST_SUITE_P(Formats, HalfFormats, ::testing::Values(kBFloat16Format, kFloat16Format),
                          [](const auto& info) {
                            return info.param.mantissa_bits == 7 ? "BFloat16" : "Float16";
                          });
@@ -77,8 +76,8 @@ TEST(Half, KnownEncodings) {
 
 TEST(ElementAccess, EveryTypeAtAnyAddress) {
   alignas(8) unsigned char memory[40];
-  for (const ScalarType type : {ScalarType::kFloat32, ScalarType::kFloat64, ScalarType::kBFloat16,
-                                ScalarType::kFloat16}) {
+  for (const ScalarType type :
+       {ScalarType::kFloat32, ScalarType::kFloat64, ScalarType::kBFloat16, ScalarType::kFloat16}) {
     store_element(memory + 1, 3, type, -1.5);
     EXPECT_EQ(load_element(memory + 1, 3, type), -1.5);
   }

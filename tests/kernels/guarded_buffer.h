@@ -20,9 +20,9 @@ class GuardedBuffer {
   /// What fresh memory holds: a NaN in every floating-point type.
   static constexpr std::uint8_t kPoison = 0xFF;
 
-  /// With GuardSide::kBack the first byte is aligned to the largest power of two <= `alignment` only
-  /// if `num_bytes` is a multiple of `alignment`; otherwise up to `alignment` - 1 bytes before the
-  /// page are checked for changes instead.
+  /// With GuardSide::kBack the first byte is aligned to the largest power of two <= `alignment`
+  /// only if `num_bytes` is a multiple of `alignment`; otherwise up to `alignment` - 1 bytes before
+  /// the page are checked for changes instead.
   explicit GuardedBuffer(std::size_t num_bytes, GuardSide side = GuardSide::kBack,
                          std::size_t alignment = 1)
       : num_bytes_(num_bytes) {

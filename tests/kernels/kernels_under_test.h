@@ -33,7 +33,7 @@ class AttentionKernelTest : public ::testing::TestWithParam<KernelUnderTest> {
 }  // namespace torch_ext::testing
 
 /// Runs the TEST_P of `suite`, an AttentionKernelTest, on every kernel: "EachIsa/suite.test/avx2".
-#define TORCH_EXT_TEST_EACH_ISA(suite)                                                   \
-  INSTANTIATE_TEST_SUITE_P(EachIsa, suite,                                               \
+#define TORCH_EXT_TEST_EACH_ISA(suite)                                                      \
+  INSTANTIATE_TEST_SUITE_P(EachIsa, suite,                                                  \
                            ::testing::ValuesIn(::torch_ext::testing::kernels_under_test()), \
                            ::torch_ext::testing::kernel_test_name)

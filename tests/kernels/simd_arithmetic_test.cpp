@@ -1,4 +1,5 @@
-// exp2, conversions and the random generator of each instruction set, against exact or scalar twins.
+// exp2, conversions and the random generator of each instruction set, against exact or scalar
+// twins.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -228,10 +229,10 @@ TEST_P(SimdArithmetic, PhiloxOfItsScalarTwin) {
     std::vector<std::uint32_t> result = counter;
     pieces().philox(result.data(), seed);
     for (std::size_t lane = 0; lane < lanes; ++lane) {
-      const PhiloxBlock expected = philox4x32_10({{counter[lane], counter[lanes + lane],
-                                                   counter[2 * lanes + lane],
-                                                   counter[3 * lanes + lane]}},
-                                                 seed);
+      const PhiloxBlock expected =
+          philox4x32_10({{counter[lane], counter[lanes + lane], counter[2 * lanes + lane],
+                          counter[3 * lanes + lane]}},
+                        seed);
       for (std::size_t word = 0; word < 4; ++word) {
         ASSERT_EQ(result[word * lanes + lane], expected.word[word]);
       }
@@ -244,12 +245,13 @@ TEST_P(SimdArithmetic, DropoutBitsOfItsScalarTwin) {
   constexpr std::uint32_t kThreshold = dropout_threshold(0.37);
   constexpr std::int64_t kStride = 96;
   for (const auto& [queries, keys, first_query, first_key] :
-       {std::array<std::int64_t, 4>{1, 1, 0, 0}, {5, 40, 3, 8}, {17, 96, 1000, 64},
+       {std::array<std::int64_t, 4>{1, 1, 0, 0},
+        {5, 40, 3, 8},
+        {17, 96, 1000, 64},
         {33, 33, 0, 4096}}) {
     const std::int64_t lanes = pieces().float_lanes;
     // Rows are written in whole vectors of queries.
-    std::vector<std::uint16_t> bits(
-        static_cast<std::size_t>((queries + lanes) * kStride), 0x5A5A);
+    std::vector<std::uint16_t> bits(static_cast<std::size_t>((queries + lanes) * kStride), 0x5A5A);
     pieces().dropout_bits_of_keys(bits.data(), kStride, queries, keys, first_query, first_key, 9,
                                   kSeed);
     for (std::int64_t query = 0; query < queries; ++query) {

@@ -17,8 +17,8 @@ namespace {
 using reference::load_element;
 using reference::store_element;
 
-constexpr ScalarType kTypes[] = {ScalarType::kFloat32, ScalarType::kFloat64,
-                                 ScalarType::kBFloat16, ScalarType::kFloat16, ScalarType::kBool};
+constexpr ScalarType kTypes[] = {ScalarType::kFloat32, ScalarType::kFloat64, ScalarType::kBFloat16,
+                                 ScalarType::kFloat16, ScalarType::kBool};
 
 class SimdBlock : public ::testing::TestWithParam<NamedSimdPieces> {
  protected:
@@ -52,7 +52,8 @@ class StridedRow {
 };
 
 template <typename T>
-void expect_loads(int lanes, void (*load)(const void*, ScalarType, std::int64_t, std::int64_t, T*)) {
+void expect_loads(int lanes,
+                  void (*load)(const void*, ScalarType, std::int64_t, std::int64_t, T*)) {
   for (const ScalarType type : kTypes) {
     for (const std::int64_t stride : {1, 2, 7, 0, -1, -3}) {
       for (std::int64_t count = 1; count <= lanes; ++count) {
@@ -111,11 +112,11 @@ void expect_stores(ScalarType type, int lanes, const Store& store) {
 TEST_P(SimdBlock, StoresNothingButItsElements) {
   for (const ScalarType type :
        {ScalarType::kFloat32, ScalarType::kBFloat16, ScalarType::kFloat16}) {
-    expect_stores<float>(type, pieces().float_lanes,
-                         [&](void* target, std::int64_t stride, std::int64_t count,
-                             const float* x) {
-                           pieces().store_floats(target, type, stride, count, x);
-                         });
+    expect_stores<float>(
+        type, pieces().float_lanes,
+        [&](void* target, std::int64_t stride, std::int64_t count, const float* x) {
+          pieces().store_floats(target, type, stride, count, x);
+        });
   }
   expect_stores<double>(ScalarType::kFloat64, pieces().double_lanes, pieces().store_doubles);
 }
@@ -230,8 +231,8 @@ TEST_P(SimdBlock, ContractsBf16Pairs) {
         for (int& x : b) x = integers.next();
         std::vector<std::uint32_t> a_pairs, b_pairs;
         for (std::int64_t i = 0; i < rows * depth; ++i) {
-          a_pairs.push_back(pair_of(a[static_cast<std::size_t>(2 * i)],
-                                    a[static_cast<std::size_t>(2 * i + 1)]));
+          a_pairs.push_back(
+              pair_of(a[static_cast<std::size_t>(2 * i)], a[static_cast<std::size_t>(2 * i + 1)]));
         }
         for (std::int64_t k = 0; k < depth; ++k) {
           for (std::int64_t j = 0; j < width; ++j) {

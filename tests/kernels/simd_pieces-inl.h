@@ -97,32 +97,22 @@ static void piece_pack_bf16_pairs(const float* low, const float* high, std::uint
 
 static constexpr torch_ext::testing::SimdPieces make_simd_pieces() {
   return {
-      .float_lanes = kFloatLanes,
-      .double_lanes = kDoubleLanes,
-      .max_vectors = kMaxVectors,
-      .exp2_float = piece_exp2_float,
-      .exp2_double = piece_exp2_double,
-      .bf16_to_float = piece_bf16_to_float,
-      .float_to_bf16 = piece_float_to_bf16,
-      .fp16_to_float = piece_fp16_to_float,
-      .float_to_fp16 = piece_float_to_fp16,
-      .load_floats = piece_load_floats,
-      .load_doubles = piece_load_doubles,
-      .store_floats = piece_store_floats,
-      .store_doubles = piece_store_doubles,
-      .transpose_floats = piece_transpose<float>,
-      .transpose_doubles = piece_transpose<double>,
-      .reduce_rows = piece_reduce_rows,
-      .philox = piece_philox,
-      .dropout_bits_of_keys = piece_dropout_bits_of_keys,
-      .contract_float = piece_contract<FloatContraction>,
-      .contract_double = piece_contract<DoubleContraction>,
+    .float_lanes = kFloatLanes, .double_lanes = kDoubleLanes, .max_vectors = kMaxVectors,
+    .exp2_float = piece_exp2_float, .exp2_double = piece_exp2_double,
+    .bf16_to_float = piece_bf16_to_float, .float_to_bf16 = piece_float_to_bf16,
+    .fp16_to_float = piece_fp16_to_float, .float_to_fp16 = piece_float_to_fp16,
+    .load_floats = piece_load_floats, .load_doubles = piece_load_doubles,
+    .store_floats = piece_store_floats, .store_doubles = piece_store_doubles,
+    .transpose_floats = piece_transpose<float>, .transpose_doubles = piece_transpose<double>,
+    .reduce_rows = piece_reduce_rows, .philox = piece_philox,
+    .dropout_bits_of_keys = piece_dropout_bits_of_keys,
+    .contract_float = piece_contract<FloatContraction>,
+    .contract_double = piece_contract<DoubleContraction>,
 #if defined(TORCH_EXT_HAS_BF16_DOT)
-      .contract_bf16_pairs = piece_contract<Bf16PairContraction>,
-      .pack_bf16_pairs = piece_pack_bf16_pairs,
+    .contract_bf16_pairs = piece_contract<Bf16PairContraction>,
+    .pack_bf16_pairs = piece_pack_bf16_pairs,
 #else
-      .contract_bf16_pairs = nullptr,
-      .pack_bf16_pairs = nullptr,
+    .contract_bf16_pairs = nullptr, .pack_bf16_pairs = nullptr,
 #endif
   };
 }

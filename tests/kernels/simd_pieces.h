@@ -29,8 +29,8 @@ struct SimdPieces {
   // Up to a vector of elements of any type and stride.
   void (*load_floats)(const void* source, ScalarType type, std::int64_t stride, std::int64_t count,
                       float* result);
-  void (*load_doubles)(const void* source, ScalarType type, std::int64_t stride,
-                       std::int64_t count, double* result);
+  void (*load_doubles)(const void* source, ScalarType type, std::int64_t stride, std::int64_t count,
+                       double* result);
   void (*store_floats)(void* target, ScalarType type, std::int64_t stride, std::int64_t count,
                        const float* x);
   void (*store_doubles)(void* target, std::int64_t stride, std::int64_t count, const double* x);

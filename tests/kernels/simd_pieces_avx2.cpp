@@ -13,17 +13,14 @@
 #pragma GCC target("avx2,fma,f16c,bmi2")
 namespace torch_ext::testing::pieces_avx2 {
 namespace {
-#include "kernels/cpu/simd_vector-inl.h"
-
-#include "kernels/cpu/element_conversion-inl.h"
-
-#include "kernels/cpu/bf16_pairs-inl.h"
-
-#include "kernels/cpu/tile_contraction-inl.h"
-
+// clang-format off: in the order in which they build on each other
 #include "kernels/cpu/attention_dropout-inl.h"
-
+#include "kernels/cpu/bf16_pairs-inl.h"
+#include "kernels/cpu/element_conversion-inl.h"
+#include "kernels/cpu/simd_vector-inl.h"
+#include "kernels/cpu/tile_contraction-inl.h"
 #include "simd_pieces-inl.h"
+// clang-format on
 }  // namespace
 }  // namespace torch_ext::testing::pieces_avx2
 #pragma GCC pop_options

@@ -130,18 +130,18 @@ StridedTensor::StridedTensor(ScalarType type, const TensorExtent& extent, Layout
 StridedTensor::StridedTensor(ScalarType type, const TensorExtent& extent,
                              std::shared_ptr<GuardedBuffer> storage, const StridedView& strides,
                              std::int64_t offset)
-    : type_(type),
-      extent_(extent),
-      storage_(std::move(storage)),
-      view_(strides),
-      base_(offset) {}
+    : type_(type), extent_(extent), storage_(std::move(storage)), view_(strides), base_(offset) {}
+
+bool StridedTensor::is_dense() const {
+  return storage_->size() == static_cast<std::size_t>(extent_.count()) * element_size(type_);
+}
 
 StridedView StridedTensor::view() const {
   if (!storage_) return {};
   StridedView view = view_;
   if (storage_->size() == 0) return view;  // as an empty torch tensor: no address
-  view.data = static_cast<char*>(storage_->data()) +
-              base_ * static_cast<std::int64_t>(element_size(type_));
+  view.data =
+      static_cast<char*>(storage_->data()) + base_ * static_cast<std::int64_t>(element_size(type_));
   return view;
 }
 
@@ -154,8 +154,8 @@ ConstStridedView StridedTensor::const_view() const {
 std::int64_t StridedTensor::offset(std::int64_t batch, std::int64_t head, std::int64_t row,
                                    std::int64_t col) const {
   // Written out rather than slice_offset(): the kernels under test use that one.
-  std::int64_t result = base_ + head * view_.head_stride + row * view_.row_stride +
-                        col * view_.col_stride;
+  std::int64_t result =
+      base_ + head * view_.head_stride + row * view_.row_stride + col * view_.col_stride;
   for (int dim = kMaxBatchDims - 1; dim >= 0; --dim) {
     result += batch % extent_.batch_sizes[dim] * view_.batch_strides[dim];
     batch /= extent_.batch_sizes[dim];
@@ -175,29 +175,18 @@ void StridedTensor::set(std::int64_t batch, std::int64_t head, std::int64_t row,
 
 void StridedTensor::fill(
     const std::function<double(std::int64_t, std::int64_t, std::int64_t, std::int64_t)>& value) {
-  for (std::int64_t batch = 0; batch < extent_.batch(); ++batch) {
-    for (std::int64_t head = 0; head < extent_.heads; ++head) {
-      for (std::int64_t row = 0; row < extent_.rows; ++row) {
-        for (std::int64_t col = 0; col < extent_.cols; ++col) {
-          set(batch, head, row, col, value(batch, head, row, col));
-        }
-      }
-    }
-  }
+  for_each_element([&](std::int64_t batch, std::int64_t head, std::int64_t row, std::int64_t col,
+                       std::int64_t place) {
+    reference::store_element(storage_->data(), place, type_, value(batch, head, row, col));
+  });
 }
 
 std::vector<double> StridedTensor::values() const {
   std::vector<double> result;
   result.reserve(static_cast<std::size_t>(extent_.count()));
-  for (std::int64_t batch = 0; batch < extent_.batch(); ++batch) {
-    for (std::int64_t head = 0; head < extent_.heads; ++head) {
-      for (std::int64_t row = 0; row < extent_.rows; ++row) {
-        for (std::int64_t col = 0; col < extent_.cols; ++col) {
-          result.push_back(get(batch, head, row, col));
-        }
-      }
-    }
-  }
+  for_each_element([&](auto, auto, auto, auto, std::int64_t place) {
+    result.push_back(reference::load_element(storage_->data(), place, type_));
+  });
   return result;
 }
 
@@ -209,8 +198,10 @@ std::vector<std::uint8_t> StridedTensor::bytes() const {
 
 StridedTensor StridedTensor::as(ScalarType type) const {
   StridedTensor result(type, extent_);
-  result.fill([&](std::int64_t batch, std::int64_t head, std::int64_t row, std::int64_t col) {
-    return get(batch, head, row, col);
+  std::int64_t target = 0;
+  for_each_element([&](auto, auto, auto, auto, std::int64_t place) {
+    reference::store_element(result.storage_->data(), target++, type,
+                             reference::load_element(storage_->data(), place, type_));
   });
   return result;
 }
@@ -219,19 +210,32 @@ bool gaps_intact(const std::vector<const StridedTensor*>& tensors) {
   std::map<const GuardedBuffer*, std::vector<bool>> covered;
   for (const StridedTensor* tensor : tensors) {
     if (!*tensor) continue;
+    if (tensor->is_dense()) {  // no gaps inside: the common case, and the slow one below
+      if (!tensor->storage()->surroundings_intact()) return false;
+      continue;
+    }
     std::vector<bool>& bytes = covered[tensor->storage().get()];
     bytes.resize(tensor->storage()->size());
     const auto width = static_cast<std::int64_t>(element_size(tensor->type()));
     const auto* origin = static_cast<const char*>(tensor->storage()->data());
+    if (bytes.empty()) continue;
     const StridedView view = tensor->view();
-    const TensorExtent& extent = tensor->extent();
+    // A place that is repeated exists even if it is repeated zero times.
+    TensorExtent extent = tensor->extent();
+    for (int dim = 0; dim < kMaxBatchDims; ++dim) {
+      if (view.batch_strides[dim] == 0) extent.batch_sizes[dim] = 1;
+    }
+    if (view.head_stride == 0) extent.heads = 1;
+    if (view.row_stride == 0) extent.rows = 1;
+    if (view.col_stride == 0) extent.cols = 1;
     for (std::int64_t batch = 0; batch < extent.batch(); ++batch) {
       for (std::int64_t head = 0; head < extent.heads; ++head) {
         const std::int64_t base = slice_offset(view, extent.batch_sizes, batch, head);
         for (std::int64_t row = 0; row < extent.rows; ++row) {
           for (std::int64_t col = 0; col < extent.cols; ++col) {
             const std::int64_t element = base + row * view.row_stride + col * view.col_stride;
-            const std::int64_t first = static_cast<const char*>(view.data) - origin + element * width;
+            const std::int64_t first =
+                static_cast<const char*>(view.data) - origin + element * width;
             for (std::int64_t byte = first; byte < first + width; ++byte) bytes[byte] = true;
           }
         }

@@ -63,14 +63,16 @@ class StridedTensor {
                 GuardSide side = GuardSide::kBack, Broadcast broadcast = {});
 
   /// A window of `storage`: strides and offset in elements.
-  StridedTensor(ScalarType type, const TensorExtent& extent,
-                std::shared_ptr<GuardedBuffer> storage, const StridedView& strides,
-                std::int64_t offset);
+  StridedTensor(ScalarType type, const TensorExtent& extent, std::shared_ptr<GuardedBuffer> storage,
+                const StridedView& strides, std::int64_t offset);
 
   explicit operator bool() const { return storage_ != nullptr; }
   ScalarType type() const { return type_; }
   const TensorExtent& extent() const { return extent_; }
   const std::shared_ptr<GuardedBuffer>& storage() const { return storage_; }
+
+  /// Whether its elements fill its storage, each in a place of its own.
+  bool is_dense() const;
 
   StridedView view() const;
   ConstStridedView const_view() const;
@@ -80,8 +82,8 @@ class StridedTensor {
 
   /// Calls `value(batch, head, row, col)` for each logical element; elements that share a place get
   /// the last one.
-  void fill(const std::function<double(std::int64_t, std::int64_t, std::int64_t, std::int64_t)>&
-                value);
+  void fill(
+      const std::function<double(std::int64_t, std::int64_t, std::int64_t, std::int64_t)>& value);
 
   /// In logical order, row-major.
   std::vector<double> values() const;
@@ -93,6 +95,21 @@ class StridedTensor {
   StridedTensor as(ScalarType type) const;
 
  private:
+  /// visit(batch, head, row, col, place in the storage) in logical order.
+  template <typename Visit>
+  void for_each_element(const Visit& visit) const {
+    for (std::int64_t batch = 0; batch < extent_.batch(); ++batch) {
+      for (std::int64_t head = 0; head < extent_.heads; ++head) {
+        const std::int64_t base = offset(batch, head, 0, 0);
+        for (std::int64_t row = 0; row < extent_.rows; ++row) {
+          for (std::int64_t col = 0; col < extent_.cols; ++col) {
+            visit(batch, head, row, col, base + row * view_.row_stride + col * view_.col_stride);
+          }
+        }
+      }
+    }
+  }
+
   std::int64_t offset(std::int64_t batch, std::int64_t head, std::int64_t row,
                       std::int64_t col) const;
 

@@ -1,39 +1,25 @@
 // Every kernel of one instruction set, in the order in which they build on each other, and its
 // column of the kernel table. Included by the isa_*.cpp files inside their namespace and region.
 
+// clang-format off
 #include "simd_vector-inl.h"
-
 #include "element_conversion-inl.h"
-
 #include "bf16_pairs-inl.h"
-
 #include "tile_contraction-inl.h"
-
 #include "operand_staging-inl.h"
-
 #include "attention_masking-inl.h"
-
 #include "attention_dropout-inl.h"
-
 #include "attention_forward-inl.h"
-
 #include "attention_decode-inl.h"
-
 #include "attention_backward-inl.h"
-
 #include "attention_entry-inl.h"
-
 #include "list_staging-inl.h"
-
 #include "accumulate-inl.h"
-
 #include "gradient_norm-inl.h"
-
 #include "optimizer_step-inl.h"
-
 #include "weight_gradient-inl.h"
-
 #include "embedding_gradient-inl.h"
+// clang-format on
 
 // constexpr: the table is constant data. Code of this instruction set must not run at start-up.
 static constexpr KernelTable make_kernel_table(CpuCapability capability) {

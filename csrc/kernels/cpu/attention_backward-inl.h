@@ -549,6 +549,24 @@ struct BackwardKernel {
     }
   }
 
+  /// Of a slice's first head in grad_mask. Not by way of a pair: there is none where a dimension that
+  /// the mask broadcasts over has size 0.
+  std::int64_t mask_slice_offset(std::int64_t slice) const {
+    const AttentionShape& shape = params.shape;
+    const StridedView& view = params.grad_mask;
+    std::int64_t offset = 0;
+    if (plan.mask_head_varies) {
+      offset += slice % shape.kv_heads * group() * view.head_stride;
+      slice /= shape.kv_heads;
+    }
+    for (int dim = kMaxBatchDims - 1; dim >= 0; --dim) {
+      if (!plan.mask_batch_varies[dim]) continue;
+      offset += slice % shape.batch_sizes[dim] * view.batch_strides[dim];
+      slice /= shape.batch_sizes[dim];
+    }
+    return offset;
+  }
+
   /// One row of the mask's gradient: the partial sums in their order. row counts (slice, head, row).
   void join_mask_row(std::int64_t index) const {
     const AttentionShape& shape = params.shape;
@@ -556,11 +574,8 @@ struct BackwardKernel {
     const std::int64_t row = index % plan.mask_rows;
     const std::int64_t head = index / plan.mask_rows % plan.mask_heads;
     const std::int64_t slice = index / plan.mask_rows / plan.mask_heads;
-    const std::int64_t pair = mask_sharing_pair(plan, shape, slice, 0);
     const std::int64_t offset =
-        slice_offset(view, shape.batch_sizes, pair / shape.kv_heads,
-                     pair % shape.kv_heads * group() + head) +
-        row * view.row_stride;
+        mask_slice_offset(slice) + head * view.head_stride + row * view.row_stride;
     const std::int64_t partials = plan.mask_partials * plan.mask_column_chunks();
     const std::int64_t partial_size = plan.mask_heads * plan.mask_rows * plan.mask_cols;
     const T* first = mask_partial(slice, 0, 0) + (head * plan.mask_rows + row) * plan.mask_cols;

@@ -169,7 +169,7 @@ struct DecodeKernel {
     FloatVector sum{};
     for (std::int64_t key = 0; key < count; key += kLanes) {
       const FloatVector x = load<float>(scores + key) - reference;
-      const FloatVector weight = x < -126.0f ? FloatVector{} : exp2_vector(x);
+      const FloatVector weight = x < -125.0f ? FloatVector{} : exp2_vector(x);
       sum += weight;
       store<float>(scores + key, weight);
     }

@@ -1,9 +1,9 @@
 // Score modifiers of one tile: causal, boolean and additive masks, key padding. Scores are in the
 // log2 domain. Masked scores become -inf by selection, so that a NaN there does not survive.
 
-/// Weights 2^x with x below this are 0: past the smallest normal number.
+/// Weights 2^x with x below this are 0: where exp2_vector() ends.
 template <typename T>
-constexpr double kNegligibleExponent = sizeof(T) == 8 ? -1022.0 : -126.0;
+constexpr double kNegligibleExponent = sizeof(T) == 8 ? -1021.0 : -125.0;
 
 /// Key padding of keys [first, first + count).
 TORCH_EXT_INLINE TileClass classify_key_padding(const std::uint8_t* padding, std::int64_t stride,

@@ -1,4 +1,5 @@
 // The gradient of the norms: d norm / d grad = grad / norm.
+#include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/where.h>
