@@ -19,7 +19,7 @@
 #include "avx512_emulation.h"
 namespace torch_ext::emulated_avx512_bf16 {
 namespace {
-// clang-format off: in the order in which they build on each other
+// clang-format off
 #include "kernels/cpu/all_kernels-inl.h"
 #include "simd_pieces-inl.h"
 // clang-format on

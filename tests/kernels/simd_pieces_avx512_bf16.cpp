@@ -15,12 +15,13 @@
     "avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2,prefer-vector-width=512")
 namespace torch_ext::testing::pieces_avx512_bf16 {
 namespace {
-// clang-format off: in the order in which they build on each other
-#include "kernels/cpu/attention_dropout-inl.h"
-#include "kernels/cpu/bf16_pairs-inl.h"
-#include "kernels/cpu/element_conversion-inl.h"
+// clang-format off
 #include "kernels/cpu/simd_vector-inl.h"
+#include "kernels/cpu/element_conversion-inl.h"
+#include "kernels/cpu/bf16_pairs-inl.h"
 #include "kernels/cpu/tile_contraction-inl.h"
+#include "kernels/cpu/operand_staging-inl.h"
+#include "kernels/cpu/attention_dropout-inl.h"
 #include "simd_pieces-inl.h"
 // clang-format on
 }  // namespace
