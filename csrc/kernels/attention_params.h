@@ -78,9 +78,9 @@ struct AttentionBackwardParams {
   ConstStridedView key{};
   ConstStridedView value{};
   ConstStridedView out{};
-  ConstStridedView grad_out{};               // any strides, 0 too
-  const void* logsumexp = nullptr;           // as written by the forward pass
-  const void* grad_logsumexp = nullptr;      // the same layout and type, or null
+  ConstStridedView grad_out{};           // any strides, 0 too
+  const void* logsumexp = nullptr;       // as written by the forward pass
+  const void* grad_logsumexp = nullptr;  // the same layout and type, or null
   // Written whole, never read; data == nullptr: not wanted.
   StridedView grad_query{};
   StridedView grad_key{};

@@ -25,7 +25,8 @@ constexpr std::size_t element_size(ScalarType type) {
   return 0;
 }
 
-/// Leading dimensions in front of (head, row, col). Four cover every input up to 7-D without a copy.
+/// Leading dimensions in front of (head, row, col). Four cover every input up to 7-D without a
+/// copy.
 inline constexpr int kMaxBatchDims = 4;
 
 /// A tensor of shape (batch..., head, row, col) with any strides, in elements; 0 broadcasts.
@@ -41,15 +42,16 @@ struct BasicStridedView {
 using StridedView = BasicStridedView<void*>;
 using ConstStridedView = BasicStridedView<const void*>;
 
-// Inlined everywhere: as a weak symbol out of a file compiled for one instruction set it would carry
-// those instructions into all others.
+// Inlined everywhere: as a weak symbol out of a file compiled for one instruction set it would
+// carry those instructions into all others.
 #define TORCH_EXT_ALWAYS_INLINE inline __attribute__((always_inline))
 
 /// Element offset of flat batch index `batch` (row-major over `batch_sizes`) and `head`.
 template <typename Pointer>
-constexpr TORCH_EXT_ALWAYS_INLINE std::int64_t slice_offset(const BasicStridedView<Pointer>& view,
-                                    const std::array<std::int64_t, kMaxBatchDims>& batch_sizes,
-                                    std::int64_t batch, std::int64_t head) {
+constexpr TORCH_EXT_ALWAYS_INLINE std::int64_t slice_offset(
+    const BasicStridedView<Pointer>& view,
+    const std::array<std::int64_t, kMaxBatchDims>& batch_sizes, std::int64_t batch,
+    std::int64_t head) {
   std::int64_t offset = head * view.head_stride;
   for (int dim = kMaxBatchDims - 1; dim >= 0; --dim) {
     offset += batch % batch_sizes[dim] * view.batch_strides[dim];

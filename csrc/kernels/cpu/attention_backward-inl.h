@@ -1,45 +1,47 @@
 // Flash attention, backward, in one pass over the scores. Lanes are keys:
 //   S (queries, keys) = Q K^T,  dP = dO V^T,  P and dS from them,
-//   dV^T (value_dim, keys) += dO^T P,  dK^T (head_dim, keys) += Q^T dS,  dQ (queries, head_dim) += dS K.
+//   dV^T (value_dim, keys) += dO^T P,  dK^T (head_dim, keys) += Q^T dS,  dQ (queries, head_dim) +=
+//   dS K.
 // K^T and V^T are packed once per tile of keys and stay in the second-level cache with dK^T and
 // dV^T; Q and dO are broadcast from where they lie. Five products; a pass of its own for dQ would
 // make them seven.
 
-/// The private memory of a worker. Row stride of everything with keys in its columns: plan.key_tile.
+/// The private memory of a worker. Row stride of everything with keys in its columns:
+/// plan.key_tile.
 template <typename Policy>
 struct BackwardScratch {
   using T = typename Policy::Compute;
   using Scalar = typename Policy::Scalar;
-  Scalar* key_panel;             // (head_dim / depth, keys) K^T
-  Scalar* value_panel;           // (value_dim / depth, keys) V^T
-  char* key_rows;                // (keys, head_dim) staged K
-  T* grad_key;                   // (head_dim, keys) dK^T
-  T* grad_value;                 // (value_dim, keys) dV^T
-  T* weight;                     // (queries, keys) S, then P after dropout
-  T* grad_score;                 // (queries, keys) dP, then dS
-  Scalar* weight_pairs;          // (queries / 2, keys), for bf16 pairs
-  Scalar* grad_score_pairs;      // (queries / 2, keys)
+  Scalar* key_panel;               // (head_dim / depth, keys) K^T
+  Scalar* value_panel;             // (value_dim / depth, keys) V^T
+  char* key_rows;                  // (keys, head_dim) staged K
+  T* grad_key;                     // (head_dim, keys) dK^T
+  T* grad_value;                   // (value_dim, keys) dV^T
+  T* weight;                       // (queries, keys) S, then P after dropout
+  T* grad_score;                   // (queries, keys) dP, then dS
+  Scalar* weight_pairs;            // (queries / 2, keys), for bf16 pairs
+  Scalar* grad_score_pairs;        // (queries / 2, keys)
   std::uint16_t* grad_score_rows;  // (queries, keys) bf16
-  char* query_rows;              // (queries, head_dim) staged Q
-  char* grad_out_rows;           // (queries, value_dim) staged dO
-  std::uint16_t* dropout_bits;   // (queries, keys)
-  T* key_bias;                   // (keys) 0, or -inf where padding or the end excludes the key
-  T* logsumexp;                  // (group, q_len) log2 domain; +inf for rows that attend to nothing
-  T* delta;                      // (group, q_len)
-  T* grad_query;                 // (group, q_len, head_stride) dQ
+  char* query_rows;                // (queries, head_dim) staged Q
+  char* grad_out_rows;             // (queries, value_dim) staged dO
+  std::uint16_t* dropout_bits;     // (queries, keys)
+  T* key_bias;                     // (keys) 0, or -inf where padding or the end excludes the key
+  T* logsumexp;   // (group, q_len) log2 domain; +inf for rows that attend to nothing
+  T* delta;       // (group, q_len)
+  T* grad_query;  // (group, q_len, head_stride) dQ
 };
 
 /// Some queries of one head against some keys of the tile.
 template <typename Policy>
 struct ScoreBlock {
-  std::int64_t head;         // within the group
+  std::int64_t head;  // within the group
   std::int64_t first_query;
   std::int64_t queries;
   std::int64_t first_key;
-  std::int64_t keys;         // that any of the queries may attend to
+  std::int64_t keys;  // that any of the queries may attend to
   std::int64_t vectors;
-  const char* mask_row;      // of first_query, key 0
-  std::uint32_t slice;       // batch * query_heads + head, for dropout
+  const char* mask_row;  // of first_query, key 0
+  std::uint32_t slice;   // batch * query_heads + head, for dropout
   bool adds_mask;
   bool adds_key_bias;
   bool diagonal;
@@ -83,7 +85,8 @@ struct BackwardKernel {
       scratch.grad_score_pairs = area.take<Scalar>(queries * keys);
       scratch.grad_score_rows = area.take<std::uint16_t>(queries * keys * 2);
     }
-    scratch.query_rows = area.take<char>(staged_rows_bytes<Policy>(plan.query_block, shape.head_dim));
+    scratch.query_rows =
+        area.take<char>(staged_rows_bytes<Policy>(plan.query_block, shape.head_dim));
     scratch.grad_out_rows =
         area.take<char>(staged_rows_bytes<Policy>(plan.query_block, shape.value_dim));
     scratch.dropout_bits = area.take<std::uint16_t>((plan.query_block + kFloatLanes) * keys);
@@ -105,24 +108,24 @@ struct BackwardKernel {
     for (std::int64_t g = 0; g < group(); ++g) {
       const std::int64_t head = kv_head * group() + g;
       const std::int64_t slice = batch * shape.query_heads + head;
-      const char* out_row = element_at(out.data, params.dtype,
-                                       slice_offset(out, shape.batch_sizes, batch, head));
+      const char* out_row =
+          element_at(out.data, params.dtype, slice_offset(out, shape.batch_sizes, batch, head));
       const char* grad_row = element_at(grad_out.data, params.dtype,
                                         slice_offset(grad_out, shape.batch_sizes, batch, head));
       for (std::int64_t i = first_query; i < shape.q_len; ++i) {
         Vec<T> sum{};
         for (std::int64_t d = 0; d < shape.value_dim; d += kLanes) {
           const std::int64_t wanted = shape.value_dim - d;
-          sum += load_elements<T>(element_at(out_row, params.dtype,
-                                             i * out.row_stride + d * out.col_stride),
-                                  params.dtype, out.col_stride, wanted) *
+          sum += load_elements<T>(
+                     element_at(out_row, params.dtype, i * out.row_stride + d * out.col_stride),
+                     params.dtype, out.col_stride, wanted) *
                  load_elements<T>(element_at(grad_row, params.dtype,
                                              i * grad_out.row_stride + d * grad_out.col_stride),
                                   params.dtype, grad_out.col_stride, wanted);
         }
         const T row_logsumexp = logsumexp[slice * shape.q_len + i];
-        // A finite mask that leaves a row nothing but its lowest values: their logsumexp, rounded to
-        // multiples of 8 and more, tells no weights apart. No gradient, as for -inf.
+        // A finite mask that leaves a row nothing but its lowest values: their logsumexp, rounded
+        // to multiples of 8 and more, tells no weights apart. No gradient, as for -inf.
         const bool attends = !(row_logsumexp < kLowestLogsumexp);
         T delta = horizontal_sum<T>(sum);
         if (grad_logsumexp != nullptr && attends) delta -= grad_logsumexp[slice * shape.q_len + i];
@@ -139,8 +142,8 @@ struct BackwardKernel {
     const std::int64_t stride = plan.key_tile;
     const AttentionMasking& masking = params.masking;
     const T factor = static_cast<T>(params.scale * kLog2eDouble);
-    const ScalarType mask_type = masking.kind == AttentionMaskKind::kAdditive ? masking.mask_dtype
-                                                                              : ScalarType::kBool;
+    const ScalarType mask_type =
+        masking.kind == AttentionMaskKind::kAdditive ? masking.mask_dtype : ScalarType::kBool;
     const IntVector lanes = lane_index<T>();
     const Vec<T> excluded = broadcast(-kInfinity<T>);
     for (std::int64_t row = 0; row < block.queries; row += Policy::kDepth) {
@@ -161,18 +164,18 @@ struct BackwardKernel {
           if constexpr (kMasked) {
             if (block.adds_mask) {
               score = add_mask<T>(
-                  score, load_mask<T>(element_at(block.mask_row, mask_type,
-                                                 i * masking.mask.row_stride),
-                                      mask_type, masking.mask.col_stride,
-                                      block.first_key + j * kLanes,
-                                      max_of(block.keys - j * kLanes, 0)));
+                  score,
+                  load_mask<T>(element_at(block.mask_row, mask_type, i * masking.mask.row_stride),
+                               mask_type, masking.mask.col_stride, block.first_key + j * kLanes,
+                               max_of(block.keys - j * kLanes, 0)));
             }
             if (block.adds_key_bias) {
               score = add_mask<T>(score, load<T>(scratch.key_bias + j * kLanes));
             }
             if (block.diagonal) {
               const Int last = static_cast<Int>(max_of(
-                  min_of(query + masking.causal_offset - block.first_key - j * kLanes, kLanes), -1));
+                  min_of(query + masking.causal_offset - block.first_key - j * kLanes, kLanes),
+                  -1));
               score = lanes > last ? excluded : score;
             }
           }
@@ -236,11 +239,11 @@ struct BackwardKernel {
     const std::int64_t head = kv_head * group() + block.head;
     const std::int64_t stride = plan.key_tile;
     const auto stage = [&](const ConstStridedView& view, std::int64_t columns, char* buffer) {
-      return stage_rows<Policy>(
-          element_at(view.data, params.dtype,
-                     slice_offset(view, shape.batch_sizes, batch, head) +
-                         block.first_query * view.row_stride),
-          params.dtype, view.row_stride, view.col_stride, block.queries, columns, buffer, true, true);
+      return stage_rows<Policy>(element_at(view.data, params.dtype,
+                                           slice_offset(view, shape.batch_sizes, batch, head) +
+                                               block.first_query * view.row_stride),
+                                params.dtype, view.row_stride, view.col_stride, block.queries,
+                                columns, buffer, true, true);
     };
     const StagedRows<Policy> query = stage(params.query, shape.head_dim, scratch.query_rows);
     const StagedRows<Policy> grad_out =
@@ -270,20 +273,19 @@ struct BackwardKernel {
     }
     const std::int64_t query_steps = depth_steps<Policy>(block.queries);
     if (params.grad_value.data != nullptr) {
-      contract<Policy, true>(shape.value_dim, block.vectors, query_steps, grad_out.over_rows, weight,
-                             stride, scratch.grad_value, stride);
+      contract<Policy, true>(shape.value_dim, block.vectors, query_steps, grad_out.over_rows,
+                             weight, stride, scratch.grad_value, stride);
     }
     if (params.grad_key.data != nullptr) {
       contract<Policy, true>(shape.head_dim, block.vectors, query_steps, query.over_rows,
                              grad_score, stride, scratch.grad_key, stride);
     }
     if (params.grad_query.data != nullptr) {
-      contract<Policy, true>(block.queries, plan.head_stride / kLanes,
-                             depth_steps<Policy>(block.keys), grad_score_rows, key_rows.data,
-                             key_rows.stride,
-                             grad_query + (block.head * shape.q_len + block.first_query) *
-                                              plan.head_stride,
-                             plan.head_stride);
+      contract<Policy, true>(
+          block.queries, plan.head_stride / kLanes, depth_steps<Policy>(block.keys),
+          grad_score_rows, key_rows.data, key_rows.stride,
+          grad_query + (block.head * shape.q_len + block.first_query) * plan.head_stride,
+          plan.head_stride);
     }
   }
 
@@ -304,9 +306,9 @@ struct BackwardKernel {
       for (std::int64_t key = 0; key < block.keys; key += kLanes) {
         const std::int64_t count = block.keys - key;
         T* target = sum + block.first_key + key;
-        store_elements<T>(target, kNativeType<Policy>, 1, count,
-                          load_elements<T>(target, kNativeType<Policy>, 1, count) +
-                              load<T>(grad_score + key));
+        store_elements<T>(
+            target, kNativeType<Policy>, 1, count,
+            load_elements<T>(target, kNativeType<Policy>, 1, count) + load<T>(grad_score + key));
       }
     }
   }
@@ -353,8 +355,7 @@ struct BackwardKernel {
         block.vectors = (block.keys + kLanes - 1) / kLanes;
         block.diagonal = masking.is_causal && first + block.vectors * kLanes - 1 >
                                                   block.first_query + masking.causal_offset;
-        block.adds_mask =
-            masking.kind == AttentionMaskKind::kAdditive || mask == TileClass::kMixed;
+        block.adds_mask = masking.kind == AttentionMaskKind::kAdditive || mask == TileClass::kMixed;
         block.adds_key_bias = padding == TileClass::kMixed || block.vectors * kLanes > count;
         block.slice = static_cast<std::uint32_t>(batch * shape.query_heads + head);
         if (block.adds_mask) {
@@ -365,13 +366,13 @@ struct BackwardKernel {
                   block.first_query * masking.mask.row_stride);
         }
         if (mask_sums != nullptr) {
-          block.mask_sum = mask_sums + (plan.mask_heads == 1 ? 0 : g) * plan.mask_rows * plan.mask_cols +
+          block.mask_sum = mask_sums +
+                           (plan.mask_heads == 1 ? 0 : g) * plan.mask_rows * plan.mask_cols +
                            (plan.mask_rows == 1 ? 0 : block.first_query * plan.mask_cols);
         }
         if (!packed) {
           pack_tile(params.key, key_base, shape.head_dim, count, vectors, scratch.key_panel);
-          pack_tile(params.value, value_base, shape.value_dim, count, vectors,
-                    scratch.value_panel);
+          pack_tile(params.value, value_base, shape.value_dim, count, vectors, scratch.value_panel);
           key_rows = stage_right<Policy>(element_at(params.key.data, params.dtype, key_base),
                                          params.dtype, params.key.row_stride, params.key.col_stride,
                                          count, shape.head_dim, scratch.key_rows);
@@ -406,12 +407,12 @@ struct BackwardKernel {
     const MaskMapPlan& map = plan.mask_map;
     if (!map.used) return TileClass::kFull;
     if (map.row_tiles == 1) row_tile = 0;
-    return mask_map[(map_slice * map.row_tiles + row_tile) * map.column_tiles + key / map.column_tile];
+    return mask_map[(map_slice * map.row_tiles + row_tile) * map.column_tiles +
+                    key / map.column_tile];
   }
 
-  void pack_tile(const ConstStridedView& view, std::int64_t base,
-                 std::int64_t columns, std::int64_t count, std::int64_t vectors,
-                 Scalar* panel) const {
+  void pack_tile(const ConstStridedView& view, std::int64_t base, std::int64_t columns,
+                 std::int64_t count, std::int64_t vectors, Scalar* panel) const {
     const std::int64_t row_stride = view.row_stride;
     for (std::int64_t j = 0; j < vectors; ++j) {
       const std::int64_t first = base + j * kLanes * row_stride;
@@ -478,9 +479,8 @@ struct BackwardKernel {
       const T* source = grad_query + row * plan.head_stride;
       // Rows before the first that sees a key were not touched.
       const bool touched = row % shape.q_len >= first_query;
-      write_grad_query(pair, row, [&](std::int64_t d) {
-        return touched ? load<T>(source + d) : Vec<T>{};
-      });
+      write_grad_query(pair, row,
+                       [&](std::int64_t d) { return touched ? load<T>(source + d) : Vec<T>{}; });
     }
   }
 
@@ -491,8 +491,8 @@ struct BackwardKernel {
     const StridedView& view = params.grad_query;
     const std::int64_t batch = pair / shape.kv_heads;
     const std::int64_t head = pair % shape.kv_heads * group() + row / shape.q_len;
-    const std::int64_t offset = slice_offset(view, shape.batch_sizes, batch, head) +
-                                row % shape.q_len * view.row_stride;
+    const std::int64_t offset =
+        slice_offset(view, shape.batch_sizes, batch, head) + row % shape.q_len * view.row_stride;
     for (std::int64_t d = 0; d < shape.head_dim; d += kLanes) {
       store_elements<T>(element_at(view.data, params.dtype, offset + d * view.col_stride),
                         params.dtype, view.col_stride, shape.head_dim - d,
@@ -515,8 +515,8 @@ struct BackwardKernel {
 
   T* mask_partial(std::int64_t slice, std::int64_t partial, std::int64_t chunk) const {
     const std::int64_t column_chunks = plan.mask_column_chunks();
-    const std::int64_t index = (slice * plan.mask_partials + partial) * column_chunks +
-                               (column_chunks == 1 ? 0 : chunk);
+    const std::int64_t index =
+        (slice * plan.mask_partials + partial) * column_chunks + (column_chunks == 1 ? 0 : chunk);
     return reinterpret_cast<T*>(workspace + plan.mask_partial_offset) +
            index * plan.mask_heads * plan.mask_rows * plan.mask_cols;
   }
@@ -536,7 +536,8 @@ struct BackwardKernel {
     return sums;
   }
 
-  /// A task: a chunk of keys for all pairs that share a partial of the mask's gradient, or one pair.
+  /// A task: a chunk of keys for all pairs that share a partial of the mask's gradient, or one
+  /// pair.
   void run_task(int worker, std::int64_t group_index, std::int64_t chunk) const {
     if (!plan.mask_gradient) return run_pair(worker, group_index, chunk, nullptr);
     const std::int64_t slice = group_index / plan.mask_partials;
@@ -549,8 +550,8 @@ struct BackwardKernel {
     }
   }
 
-  /// Of a slice's first head in grad_mask. Not by way of a pair: there is none where a dimension that
-  /// the mask broadcasts over has size 0.
+  /// Of a slice's first head in grad_mask. Not by way of a pair: there is none where a dimension
+  /// that the mask broadcasts over has size 0.
   std::int64_t mask_slice_offset(std::int64_t slice) const {
     const AttentionShape& shape = params.shape;
     const StridedView& view = params.grad_mask;
@@ -567,7 +568,8 @@ struct BackwardKernel {
     return offset;
   }
 
-  /// One row of the mask's gradient: the partial sums in their order. row counts (slice, head, row).
+  /// One row of the mask's gradient: the partial sums in their order. row counts (slice, head,
+  /// row).
   void join_mask_row(std::int64_t index) const {
     const AttentionShape& shape = params.shape;
     const StridedView& view = params.grad_mask;
@@ -583,11 +585,11 @@ struct BackwardKernel {
       const std::int64_t count = plan.mask_cols - col;
       Vec<T> sum{};
       for (std::int64_t partial = 0; partial < partials; ++partial) {
-        sum += load_elements<T>(first + partial * partial_size + col, kNativeType<Policy>, 1, count);
+        sum +=
+            load_elements<T>(first + partial * partial_size + col, kNativeType<Policy>, 1, count);
       }
-      store_elements<T>(
-          element_at(view.data, kNativeType<Policy>, offset + col * view.col_stride),
-          kNativeType<Policy>, view.col_stride, count, sum);
+      store_elements<T>(element_at(view.data, kNativeType<Policy>, offset + col * view.col_stride),
+                        kNativeType<Policy>, view.col_stride, count, sum);
     }
   }
 };

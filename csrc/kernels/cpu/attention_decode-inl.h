@@ -1,5 +1,5 @@
-// Few queries against long keys and values (FlashDecoding's case): lanes run along head_dim, K and V
-// are streamed once for all grouped rows. Bound by memory bandwidth.
+// Few queries against long keys and values (FlashDecoding's case): lanes run along head_dim, K and
+// V are streamed once for all grouped rows. Bound by memory bandwidth.
 
 struct LoadFloat {
   static constexpr ScalarType kType = ScalarType::kFloat32;
@@ -40,10 +40,9 @@ struct DecodeKernel {
         for (int row = 0; row < kRows; ++row) q[row] = load<float>(query + row * padded + d);
 #pragma GCC unroll 16
         for (int i = 0; i < kKeys; ++i) {
-          const FloatVector k =
-              d < whole ? Loader::at(rows[i] + d * kElement)
-                        : load_elements<float>(rows[i] + d * kElement, Loader::kType, 1,
-                                               head_dim - d);
+          const FloatVector k = d < whole ? Loader::at(rows[i] + d * kElement)
+                                          : load_elements<float>(rows[i] + d * kElement,
+                                                                 Loader::kType, 1, head_dim - d);
 #pragma GCC unroll 4
           for (int row = 0; row < kRows; ++row) sum[row * kKeys + i] += q[row] * k;
         }
@@ -109,11 +108,13 @@ struct DecodeKernel {
                     std::int64_t padded, std::int64_t d) const {
     FloatVector sum[kRows][kVectors];
     for (int row = 0; row < kRows; ++row) {
-      for (int j = 0; j < kVectors; ++j) sum[row][j] = load<float>(out + row * padded + d + j * kLanes);
+      for (int j = 0; j < kVectors; ++j)
+        sum[row][j] = load<float>(out + row * padded + d + j * kLanes);
     }
     accumulate<kVectors, kKeys>(sum, weights, base.plan.kv_block, values + d * kElement, row_bytes);
     for (int row = 0; row < kRows; ++row) {
-      for (int j = 0; j < kVectors; ++j) store<float>(out + row * padded + d + j * kLanes, sum[row][j]);
+      for (int j = 0; j < kVectors; ++j)
+        store<float>(out + row * padded + d + j * kLanes, sum[row][j]);
     }
   }
 
@@ -129,8 +130,8 @@ struct DecodeKernel {
                      std::int64_t count, float* scores) const {
     const AttentionMasking& masking = base.params.masking;
     if (masking.kind != AttentionMaskKind::kNone) {
-      const ScalarType type = masking.kind == AttentionMaskKind::kAdditive ? masking.mask_dtype
-                                                                           : ScalarType::kBool;
+      const ScalarType type =
+          masking.kind == AttentionMaskKind::kAdditive ? masking.mask_dtype : ScalarType::kBool;
       const char* mask = element_at(masking.mask.data, type, row.mask_offset);
       for (std::int64_t key = 0; key < count; key += kLanes) {
         store<float>(scores + key,
@@ -199,8 +200,7 @@ struct DecodeKernel {
     const std::int64_t heads = base.group();
     const std::int64_t query_padded = round_up(shape.head_dim, kLanes);
     const std::int64_t value_padded = round_up(shape.value_dim, kLanes);
-    ScratchArea scratch{base.workspace + plan.worker_offset +
-                                   worker * plan.worker_bytes};
+    ScratchArea scratch{base.workspace + plan.worker_offset + worker * plan.worker_bytes};
     float* query = scratch.take<float>(kDecodeRows * query_padded);
     float* out = scratch.take<float>(kDecodeRows * value_padded);
     float* scores = scratch.take<float>(kDecodeRows * plan.kv_block + kLanes);
@@ -227,12 +227,12 @@ struct DecodeKernel {
       row.sum = 0.0f;
       kv_end = max_of(kv_end, row.last_key + 1);
       for (std::int64_t d = 0; d < query_padded; d += kLanes) {
-        store<float>(query + r * query_padded + d,
-                     load_elements<float>(
-                         element_at(params.query.data, params.dtype,
-                                    row.query_offset + d * params.query.col_stride),
-                         params.dtype, params.query.col_stride, shape.head_dim - d) *
-                         static_cast<float>(params.scale * kLog2eDouble));
+        store<float>(
+            query + r * query_padded + d,
+            load_elements<float>(element_at(params.query.data, params.dtype,
+                                            row.query_offset + d * params.query.col_stride),
+                                 params.dtype, params.query.col_stride, shape.head_dim - d) *
+                static_cast<float>(params.scale * kLog2eDouble));
       }
       for (std::int64_t d = 0; d < value_padded; d += kLanes) {
         store<float>(out + r * value_padded + d, FloatVector{});

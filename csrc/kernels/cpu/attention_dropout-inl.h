@@ -78,12 +78,14 @@ TORCH_EXT_INLINE void drop_weights_of_queries(T* weights, std::int64_t weight_st
       philox_vector(counter, state.seed);
       const std::int64_t count = min_of(keys - key, kDropoutKeysPerCall);
       for (std::int64_t i = 0; i < count; ++i) {
-        const Uint32Vector bits = counter[i / 2] >> static_cast<std::uint32_t>(16 * (i % 2)) & 0xFFFFu;
+        const Uint32Vector bits =
+            counter[i / 2] >> static_cast<std::uint32_t>(16 * (i % 2)) & 0xFFFFu;
         IntVector keep;
         if constexpr (sizeof(T) == 4) {
           keep = (IntVector)(bits >= state.threshold);
         } else {
-          for (int lane = 0; lane < kLanes; ++lane) keep[lane] = bits[lane] >= state.threshold ? -1 : 0;
+          for (int lane = 0; lane < kLanes; ++lane)
+            keep[lane] = bits[lane] >= state.threshold ? -1 : 0;
         }
         T* weight = weights + (key + i) * weight_stride + vector * kLanes;
         store<T>(weight, (Vec<T>)((IntVector)load<T>(weight) & keep));
@@ -132,7 +134,8 @@ TORCH_EXT_INLINE typename Simd<T>::IntVector dropout_keep(const std::uint16_t* b
     return (IntVector)(__builtin_convertvector(narrow, Uint32Vector) >= threshold);
   } else {
     IntVector keep;
-    for (int lane = 0; lane < Simd<T>::kLanes; ++lane) keep[lane] = bits[lane] >= threshold ? -1 : 0;
+    for (int lane = 0; lane < Simd<T>::kLanes; ++lane)
+      keep[lane] = bits[lane] >= threshold ? -1 : 0;
     return keep;
   }
 }

@@ -7,21 +7,21 @@
 template <typename Policy>
 struct QueryTile {
   using T = typename Policy::Compute;
-  typename Policy::Scalar* panel;     // (head_dim / depth, lanes): Q^T, scaled where depth is 1
-  T* out;                             // (value_dim, lanes): O^T, not normalised
-  T* maximum;                         // of the scores, log2 domain
-  T* sum;                             // of the weights before dropout
-  typename Simd<T>::Int* last_key;    // the last key that causality allows
-  std::uint32_t* query;               // position, for dropout
-  std::uint32_t* slice;               // batch * query_heads + head, for dropout
-  std::int64_t* query_offset;         // of the row in query, out and mask, in elements
+  typename Policy::Scalar* panel;   // (head_dim / depth, lanes): Q^T, scaled where depth is 1
+  T* out;                           // (value_dim, lanes): O^T, not normalised
+  T* maximum;                       // of the scores, log2 domain
+  T* sum;                           // of the weights before dropout
+  typename Simd<T>::Int* last_key;  // the last key that causality allows
+  std::uint32_t* query;             // position, for dropout
+  std::uint32_t* slice;             // batch * query_heads + head, for dropout
+  std::int64_t* query_offset;       // of the row in query, out and mask, in elements
   std::int64_t* out_offset;
   std::int64_t* mask_offset;
-  std::int64_t count;                 // rows; the other lanes compute on zeros
+  std::int64_t count;  // rows; the other lanes compute on zeros
   int vectors;
-  std::int64_t first_allowed_end;     // keys from here on are masked for some row
-  std::int64_t last_allowed_end;      // ... and for all rows
-  std::int64_t row_tile;              // index into the mask map
+  std::int64_t first_allowed_end;  // keys from here on are masked for some row
+  std::int64_t last_allowed_end;   // ... and for all rows
+  std::int64_t row_tile;           // index into the mask map
   bool started;
 };
 
@@ -95,8 +95,7 @@ struct ForwardKernel {
       tile.mask_offset[lane] =
           mask_base + head * masking.mask.head_stride + query * masking.mask.row_stride;
       tile.query[lane] = static_cast<std::uint32_t>(query);
-      tile.slice[lane] =
-          static_cast<std::uint32_t>(batch * shape.query_heads + first_head + head);
+      tile.slice[lane] = static_cast<std::uint32_t>(batch * shape.query_heads + first_head + head);
       const std::int64_t last_key = query + masking.causal_offset;
       tile.last_key[lane] = static_cast<Int>(max_of(min_of(last_key, shape.kv_len), -1));
       if (lane + 1 < tile.count && ++head == heads) {
@@ -144,11 +143,10 @@ struct ForwardKernel {
       const ScalarType type = additive ? masking.mask_dtype : ScalarType::kBool;
       const bool uniform =
           masking.mask.row_stride == 0 && (masking.mask.head_stride == 0 || group() == 1);
-      add_mask_transposed<T>(
-          scores, stride, block.count, tile.vectors, block.first, type, masking.mask.col_stride,
-          uniform, [&](int lane) {
-            return element_at(masking.mask.data, type, tile.mask_offset[lane]);
-          });
+      add_mask_transposed<T>(scores, stride, block.count, tile.vectors, block.first, type,
+                             masking.mask.col_stride, uniform, [&](int lane) {
+                               return element_at(masking.mask.data, type, tile.mask_offset[lane]);
+                             });
     }
     if (block.padding == TileClass::kMixed) {
       for (std::int64_t key = 0; key < block.count; ++key) {
@@ -166,8 +164,8 @@ struct ForwardKernel {
   /// Online softmax of one tile: scores become weights. kMasked: scores may be -inf, and a row may
   /// have seen none but those.
   template <int kVectors, bool kMasked>
-  static void softmax(T* scores, std::int64_t keys, QueryTile<Policy>& tile,
-                      std::int64_t value_dim, T scale) {
+  static void softmax(T* scores, std::int64_t keys, QueryTile<Policy>& tile, std::int64_t value_dim,
+                      T scale) {
     constexpr int kStride = kVectors * kLanes;
     const Vec<T> factor = broadcast(scale);
     Vec<T> previous[kVectors], maximum[kVectors], sum[kVectors];
@@ -191,8 +189,7 @@ struct ForwardKernel {
       Vec<T> shrink[kVectors];
       for (int j = 0; j < kVectors; ++j) {
         // A row that is masked so far: any finite reference serves, its sums are 0.
-        const Vec<T> reference =
-            maximum[j] == broadcast(-kInfinity<T>) ? Vec<T>{} : maximum[j];
+        const Vec<T> reference = maximum[j] == broadcast(-kInfinity<T>) ? Vec<T>{} : maximum[j];
         shrink[j] = exp2_vector(previous[j] - reference);
         sum[j] *= shrink[j];
         previous[j] = maximum[j];
@@ -225,7 +222,8 @@ struct ForwardKernel {
           x = x - reference[j];
         }
         Vec<T> weight = exp2_vector<Policy::kForwardExp2Degree>(x);
-        if constexpr (kMasked) weight = x < static_cast<T>(kNegligibleExponent<T>) ? Vec<T>{} : weight;
+        if constexpr (kMasked)
+          weight = x < static_cast<T>(kNegligibleExponent<T>) ? Vec<T>{} : weight;
         sum[j] += weight;
         store<T>(score, weight);
       }
@@ -302,12 +300,12 @@ struct ForwardKernel {
     }
     for (int vector = 0; vector < tile.vectors; ++vector) {
       const Vec<T> sum = load<T>(tile.sum + vector * kLanes);
-      const Vec<T> inverse =
-          sum == Vec<T>{} ? Vec<T>{} : static_cast<T>(dropout.scale) / sum;
+      const Vec<T> inverse = sum == Vec<T>{} ? Vec<T>{} : static_cast<T>(dropout.scale) / sum;
       const std::int64_t* offsets = tile.out_offset + vector * kLanes;
       unpack_lanes<T>(tile.out + vector * kLanes, stride, tile.count - vector * kLanes,
                       shape.value_dim, inverse, params.out.data, params.dtype,
-                      params.out.col_stride, [offsets](std::int64_t lane) { return offsets[lane]; });
+                      params.out.col_stride,
+                      [offsets](std::int64_t lane) { return offsets[lane]; });
     }
     if (params.logsumexp == nullptr) return;
     T* logsumexp = static_cast<T*>(params.logsumexp);
@@ -388,9 +386,10 @@ struct ForwardKernel {
       block.first = first;
       block.count = min_of(plan.kv_block, kv_end - first);
       block.padding_bytes = padding;
-      block.padding = padding == nullptr ? TileClass::kFull
-                                         : classify_key_padding(padding, masking.key_padding.col_stride,
-                                                                first, block.count);
+      block.padding =
+          padding == nullptr
+              ? TileClass::kFull
+              : classify_key_padding(padding, masking.key_padding.col_stride, first, block.count);
       if (block.padding == TileClass::kEmpty) continue;
       bool staged = false;
       for (int t = 0; t < num_tiles; ++t) {
@@ -434,8 +433,8 @@ struct ForwardKernel {
                       std::int64_t key_base, std::int64_t value_base) const {
     const std::int64_t count = min_of(plan.kv_block, kv_end - first);
     const std::int64_t end = first + count * (t + 1) / num_tiles;
-    const auto prefetch_row = [&](const ConstStridedView& view, std::int64_t base,
-                                  std::int64_t key, std::int64_t columns) {
+    const auto prefetch_row = [&](const ConstStridedView& view, std::int64_t base, std::int64_t key,
+                                  std::int64_t columns) {
       if (view.col_stride != 1) return;
       const char* row = element_at(view.data, params.dtype, base + key * view.row_stride);
       for (std::int64_t byte = 0; byte < columns * bytes_of(params.dtype); byte += 64) {
@@ -451,17 +450,15 @@ struct ForwardKernel {
   void stage(KeyBlock<Policy>& block, std::int64_t key_base, std::int64_t value_base,
              char* key_buffer, char* value_buffer) const {
     const AttentionShape& shape = params.shape;
-    block.key = stage_rows<Policy>(
-                    element_at(params.key.data, params.dtype,
-                               key_base + block.first * params.key.row_stride),
-                    params.dtype, params.key.row_stride, params.key.col_stride, block.count,
-                    shape.head_dim, key_buffer, true, false)
+    block.key = stage_rows<Policy>(element_at(params.key.data, params.dtype,
+                                              key_base + block.first * params.key.row_stride),
+                                   params.dtype, params.key.row_stride, params.key.col_stride,
+                                   block.count, shape.head_dim, key_buffer, true, false)
                     .over_columns;
-    block.value = stage_rows<Policy>(
-                      element_at(params.value.data, params.dtype,
-                                 value_base + block.first * params.value.row_stride),
-                      params.dtype, params.value.row_stride, params.value.col_stride, block.count,
-                      shape.value_dim, value_buffer, false, true)
+    block.value = stage_rows<Policy>(element_at(params.value.data, params.dtype,
+                                                value_base + block.first * params.value.row_stride),
+                                     params.dtype, params.value.row_stride, params.value.col_stride,
+                                     block.count, shape.value_dim, value_buffer, false, true)
                       .over_rows;
     block.key.far = block.value.far = params.dtype == kNativeType<Policy>;
   }
@@ -490,9 +487,10 @@ struct ForwardKernel {
         joined[d] = split == 0 ? weight * partial[d] : joined[d] + weight * partial[d];
       }
     }
-    const Vec<T> inverse = broadcast(sum == 0 ? static_cast<T>(0) : static_cast<T>(dropout.scale) / sum);
-    const std::int64_t offset = slice_offset(params.out, shape.batch_sizes, batch, head) +
-                                query * params.out.row_stride;
+    const Vec<T> inverse =
+        broadcast(sum == 0 ? static_cast<T>(0) : static_cast<T>(dropout.scale) / sum);
+    const std::int64_t offset =
+        slice_offset(params.out, shape.batch_sizes, batch, head) + query * params.out.row_stride;
     for (std::int64_t d = 0; d < shape.value_dim; d += kLanes) {
       const std::int64_t count = min_of(shape.value_dim - d, kLanes);
       store_elements<T>(

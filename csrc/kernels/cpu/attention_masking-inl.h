@@ -82,8 +82,7 @@ TORCH_EXT_INLINE void mask_after(T* scores, std::int64_t score_stride, std::int6
     __builtin_memcpy(&last, last_key + vector * kLanes, sizeof last);
     for (std::int64_t key = 0; key < keys; ++key) {
       T* score = scores + key * score_stride + vector * kLanes;
-      const IntVector index =
-          static_cast<typename Simd<T>::Int>(first_key + key) - IntVector{};
+      const IntVector index = static_cast<typename Simd<T>::Int>(first_key + key) - IntVector{};
       store<T>(score, index > last ? masked : load<T>(score));
     }
   }

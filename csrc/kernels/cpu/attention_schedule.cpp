@@ -41,9 +41,9 @@ MaskMapPlan plan_mask_map(const AttentionMasking& masking, const AttentionShape&
 }
 
 std::size_t mask_map_bytes(const MaskMapPlan& plan) {
-  return plan.used ? align(static_cast<std::size_t>(plan.slices * plan.row_tiles *
-                                                    plan.column_tiles))
-                   : 0;
+  return plan.used
+             ? align(static_cast<std::size_t>(plan.slices * plan.row_tiles * plan.column_tiles))
+             : 0;
 }
 
 }  // namespace
@@ -80,26 +80,28 @@ ForwardPlan plan_forward(const AttentionForwardParams& params, const TileGeometr
   const std::int64_t wanted = plan.decode ? 64 : 16;
   plan.kv_splits = std::clamp(ceil_div(wanted, tasks), std::int64_t{1},
                               std::max<std::int64_t>(shape.kv_len / 512, 1));
-  plan.kv_split_len = ceil_div(ceil_div(shape.kv_len, plan.kv_splits), plan.kv_block) * plan.kv_block;
+  plan.kv_split_len =
+      ceil_div(ceil_div(shape.kv_len, plan.kv_splits), plan.kv_block) * plan.kv_block;
   if (plan.kv_split_len > 0) plan.kv_splits = ceil_div(shape.kv_len, plan.kv_split_len);
   plan.kv_splits = std::max<std::int64_t>(plan.kv_splits, 1);
 
-  plan.mask_map = plan_mask_map(params.masking, shape,
-                                plan.decode ? 1 : ceil_div(plan.rows, plan.sub_tile),
-                                plan.decode ? std::max<std::int64_t>(plan.rows, 1) : plan.sub_tile,
-                                plan.kv_block);
+  plan.mask_map = plan_mask_map(
+      params.masking, shape, plan.decode ? 1 : ceil_div(plan.rows, plan.sub_tile),
+      plan.decode ? std::max<std::int64_t>(plan.rows, 1) : plan.sub_tile, plan.kv_block);
 
   const std::size_t compute = geometry.compute_size;
   std::size_t worker = 0;
   if (plan.decode) {
-    const auto padded = [&](std::int64_t n) { return ceil_div(n, geometry.lanes) * geometry.lanes; };
+    const auto padded = [&](std::int64_t n) {
+      return ceil_div(n, geometry.lanes) * geometry.lanes;
+    };
     worker += align(kDecodeRows * padded(shape.head_dim) * compute);
     worker += align(kDecodeRows * padded(shape.value_dim) * compute);
     worker += align((kDecodeRows * plan.kv_block + geometry.lanes) * compute);
   } else {
     const std::size_t lanes = static_cast<std::size_t>(plan.sub_tile);
-    std::size_t tile = align((shape.head_dim + 1) / geometry.depth * lanes *
-                             (geometry.depth == 2 ? 4 : compute));
+    std::size_t tile =
+        align((shape.head_dim + 1) / geometry.depth * lanes * (geometry.depth == 2 ? 4 : compute));
     tile += align(shape.value_dim * lanes * compute);
     tile += 3 * align(lanes * compute) + 2 * align(lanes * 4) + 3 * align(lanes * 8);
     worker += tile * (plan.super_tile / plan.sub_tile);
@@ -129,7 +131,7 @@ BackwardPlan plan_backward(const AttentionBackwardParams& params, const TileGeom
   plan.pairs = shape.batch() * shape.kv_heads;
   // Five panels of key_tile x head_dim live in the second-level cache: wide tiles for small heads,
   // so that converting Q and dO and adding into dQ amortise.
-  const std::int64_t sub_tiles = head * sub_tile * geometry.compute_size <= 64 * 24 * 4   ? 4
+  const std::int64_t sub_tiles = head * sub_tile * geometry.compute_size <= 64 * 24 * 4    ? 4
                                  : head * sub_tile * geometry.compute_size <= 160 * 24 * 4 ? 2
                                                                                            : 1;
   const std::int64_t unit = 2 * (64 / 4);  // keys whose dropout bits are made together
@@ -174,18 +176,18 @@ BackwardPlan plan_backward(const AttentionBackwardParams& params, const TileGeom
   const std::size_t keys = static_cast<std::size_t>(plan.key_tile);
   const std::size_t queries = static_cast<std::size_t>(plan.query_block + 1);
   std::size_t worker = 0;
-  worker += align((shape.head_dim + 1) * keys * scalar);   // K^T
-  worker += align((shape.value_dim + 1) * keys * scalar);  // V^T
+  worker += align((shape.head_dim + 1) * keys * scalar);            // K^T
+  worker += align((shape.value_dim + 1) * keys * scalar);           // V^T
   worker += staged_bytes(plan.key_tile, shape.head_dim, geometry);  // K
   worker += align(shape.head_dim * keys * compute);                 // dK^T
   worker += align(shape.value_dim * keys * compute);                // dV^T
   worker += 2 * align(queries * keys * compute);                    // P, dS
   if (geometry.depth == 2) worker += 3 * align(queries * keys * scalar);
-  worker += staged_bytes(plan.query_block, shape.head_dim, geometry);   // Q
-  worker += staged_bytes(plan.query_block, shape.value_dim, geometry);  // dO
-  worker += align((plan.query_block + 64 / 4) * keys * 2);              // dropout bits
-  worker += align(keys * compute);                                      // key bias
-  worker += 2 * align(shape.q_len * shape.group() * compute);           // logsumexp, delta
+  worker += staged_bytes(plan.query_block, shape.head_dim, geometry);        // Q
+  worker += staged_bytes(plan.query_block, shape.value_dim, geometry);       // dO
+  worker += align((plan.query_block + 64 / 4) * keys * 2);                   // dropout bits
+  worker += align(keys * compute);                                           // key bias
+  worker += 2 * align(shape.q_len * shape.group() * compute);                // logsumexp, delta
   worker += align(ceil_div(shape.q_len, plan.query_block) * shape.group());  // dQ started
   if (plan.chunks == 1) {
     worker += align(shape.q_len * shape.group() * plan.head_stride * compute);  // dQ

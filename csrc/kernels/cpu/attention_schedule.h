@@ -13,10 +13,10 @@ namespace torch_ext {
 
 /// What an instruction set's tiles look like.
 struct TileGeometry {
-  int lanes;           // compute elements per vector
-  int max_vectors;     // vectors per sub-tile
-  int compute_size;    // bytes of a compute element: 4 or 8
-  int depth;           // elements that one contraction step consumes: 2 for bf16 pairs
+  int lanes;         // compute elements per vector
+  int max_vectors;   // vectors per sub-tile
+  int compute_size;  // bytes of a compute element: 4 or 8
+  int depth;         // elements that one contraction step consumes: 2 for bf16 pairs
 };
 
 /// (slice, row tile, column tile) classes of a boolean mask, one slice for all heads and batches

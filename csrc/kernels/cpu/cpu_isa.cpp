@@ -25,8 +25,7 @@ CpuCapability detect() {
       !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq")) {
     return CpuCapability::kAvx2;
   }
-  return __builtin_cpu_supports("avx512bf16") ? CpuCapability::kAvx512Bf16
-                                              : CpuCapability::kAvx512;
+  return __builtin_cpu_supports("avx512bf16") ? CpuCapability::kAvx512Bf16 : CpuCapability::kAvx512;
 #else
   return CpuCapability::kDefault;
 #endif
@@ -71,7 +70,9 @@ CpuCapability parse_capability(std::string_view name) {
   }
   std::string message = std::string(kVariable) + " takes ";
   for (std::size_t i = 0; i < kNames.size(); ++i) {
-    message += std::string(i == 0 ? "" : i + 1 == kNames.size() ? " or " : ", ") +
+    message += std::string(i == 0                   ? ""
+                           : i + 1 == kNames.size() ? " or "
+                                                    : ", ") +
                std::string(kNames[i]);
   }
   throw std::invalid_argument(message + "; got '" + std::string(name) + "'");

@@ -57,9 +57,8 @@ TORCH_EXT_INLINE void float_to_fp16(void* target, FloatVector x) {
   const Uint32Vector bits = (Uint32Vector)x;
   const Uint32Vector sign = bits & 0x80000000u;
   const Uint32Vector magnitude = bits ^ sign;
-  const Uint32Vector special =
-      ((Uint32Vector)(magnitude > 0x7F800000u) & 0x7E00u) |
-      ((Uint32Vector)(magnitude <= 0x7F800000u) & 0x7C00u);
+  const Uint32Vector special = ((Uint32Vector)(magnitude > 0x7F800000u) & 0x7E00u) |
+                               ((Uint32Vector)(magnitude <= 0x7F800000u) & 0x7C00u);
   const Uint32Vector subnormal = (Uint32Vector)((FloatVector)magnitude + 0.5f) - 0x3F000000u;
   const Uint32Vector normal = (magnitude + 0xC8000FFFu + ((magnitude >> 13) & 1u)) >> 13;
   const Uint32Vector finite = magnitude < 0x38800000u ? subnormal : normal;

@@ -1,4 +1,5 @@
-// The kernels for whatever the compiler assumes without being told: SSE2 on x86-64, NEON on AArch64.
+// The kernels for whatever the compiler assumes without being told: SSE2 on x86-64, NEON on
+// AArch64.
 #include "isa_prelude.h"
 
 #define TORCH_EXT_VECTOR_BYTES 16
@@ -12,5 +13,6 @@ namespace {
 
 namespace torch_ext {
 extern const KernelTable kGenericKernels;
-constinit const KernelTable kGenericKernels = isa_generic::make_kernel_table(CpuCapability::kDefault);
+constinit const KernelTable kGenericKernels =
+    isa_generic::make_kernel_table(CpuCapability::kDefault);
 }  // namespace torch_ext

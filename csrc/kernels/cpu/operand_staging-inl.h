@@ -10,8 +10,8 @@ struct StagedRows {
 };
 
 template <typename Policy>
-constexpr ScalarType kNativeType =
-    sizeof(typename Policy::Compute) == 8 ? ScalarType::kFloat64 : ScalarType::kFloat32;
+constexpr ScalarType kNativeType = sizeof(typename Policy::Compute) == 8 ? ScalarType::kFloat64
+                                                                         : ScalarType::kFloat32;
 
 /// Row length of a staged block, in Compute elements.
 template <typename Policy>
@@ -161,8 +161,8 @@ TORCH_EXT_INLINE RightOperand<Policy> stage_right(const void* data, ScalarType t
     convert_rows<Scalar>(data, type, row_stride, col_stride, rows, columns, target, padded);
     return {target, padded};
   } else {
-    const StagedRows<Policy> staged = stage_rows<Policy>(data, type, row_stride, col_stride, rows,
-                                                         columns, buffer, false, true);
+    const StagedRows<Policy> staged =
+        stage_rows<Policy>(data, type, row_stride, col_stride, rows, columns, buffer, false, true);
     return {staged.over_rows.data, staged.over_rows.depth_stride};
   }
 }

@@ -130,8 +130,8 @@ TORCH_EXT_INLINE T horizontal_max(Vec<T> x) {
   return best;
 }
 
-// 2^x for x <= 0 or so: round to the nearest integer by adding 1.5 * 2^23 (and the exponent's bias of
-// 127), a minimax polynomial on [-1/2, 1/2] (Remez; relative error 7.5e-8 in degree 5, 7.5e-5 in
+// 2^x for x <= 0 or so: round to the nearest integer by adding 1.5 * 2^23 (and the exponent's bias
+// of 127), a minimax polynomial on [-1/2, 1/2] (Remez; relative error 7.5e-8 in degree 5, 7.5e-5 in
 // degree 3), times the power of two of those bits. Below -125 it stays at 2^-125; callers that need
 // zeros select them. NaN stays NaN: adding to the exponent bits instead would lose those with a
 // payload, as uninitialised memory holds.

@@ -1,5 +1,5 @@
-// weight_grad (out_features, in_features) = beta * weight_grad + grad_output^T input, accumulated in
-// place: each tile of the weight is read once, gets all tokens and is written once. The same
+// weight_grad (out_features, in_features) = beta * weight_grad + grad_output^T input, accumulated
+// in place: each tile of the weight is read once, gets all tokens and is written once. The same
 // micro-kernel as attention's, over panels packed (and converted) by the worker that uses them:
 //   left   grad_output, [strip of kTileRows out_features][tokens][kTileRows]
 //   right  input, [group of kMaxVectors vectors of in_features][tokens][group]
