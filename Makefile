@@ -2,6 +2,7 @@
 # make test     sets everything up and runs all the tests
 # make build    the library, in place: `import torch_ext` from this folder uses it
 # make bench    attention against torch's own (benchmarks/)
+# make sanitize the torch-free tests under the address and undefined-behaviour sanitizers
 # make lint     format and lint checks; `make format` applies what can be applied
 # make clean    removes what was built; the environment stays (make distclean removes it too)
 #
@@ -27,7 +28,7 @@ export PATH := $(BIN):$(PATH)
 MAX_JOBS ?= $(shell awk -v cores=$$(nproc) '/MemTotal/ { jobs = int($$2 / 1.6e6); print jobs < 1 ? 1 : jobs < cores ? jobs : cores }' /proc/meminfo)
 export MAX_JOBS
 
-.PHONY: all demo test build bench lint format clean distclean environment
+.PHONY: all demo test sanitize build bench lint format clean distclean environment
 all: build
 
 environment: $(READY)
@@ -45,11 +46,14 @@ demo: build
 test: $(READY)
 	@BUILD=$(BUILD) scripts/run_tests.sh $(ARGS)
 
+sanitize: $(READY)
+	@BUILD=$(BUILD) scripts/run_sanitizers.sh $(ARGS)
+
 bench: build
 	@$(BIN)/python benchmarks/bench_attention.py $(ARGS)
 
 lint: $(READY)
-	@scripts/check_style.sh
+	@BUILD=$(BUILD) scripts/check_style.sh
 
 format: $(READY)
 	@scripts/check_style.sh --fix

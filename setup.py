@@ -61,7 +61,7 @@ def _extensions() -> list[Extension]:
         _relative(PLAN.sources),
         include_dirs=[str(folder) for folder in PLAN.include_dirs],
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": PLAN.nvcc_flags},
-        # $ORIGIN/../../torch/lib is torch where both are in one site-packages, for C++ applications.
+        # $ORIGIN/../../torch/lib is torch where both are in one site-packages: for C++ programs.
         extra_link_args=[
             "-fopenmp",
             "-Wl,--no-undefined",
@@ -145,7 +145,7 @@ class BuildTorchExt(BuildExtension):
 
 
 class BuildPython(build_py):
-    """From an empty folder: setuptools would install files that an older build left in build/lib."""
+    """From an empty folder: setuptools would install what an older build left in build/lib."""
 
     def run(self) -> None:
         if not self.editable_mode:

@@ -2,20 +2,18 @@
 # All the tests. Environment: BUILD, the folder for builds; MAX_JOBS. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-launcher=$(command -v ccache || true)
-jobs=${MAX_JOBS:-1}
+# A cache entry serves every checkout, and the packaging tests' copies of this one.
+export CCACHE_BASEDIR=${CCACHE_BASEDIR:-$PWD}
 
 step() { printf '\n== %s\n' "$*"; }
 
-googletest=$(scripts/googletest_prefix.sh "$BUILD/googletest")
-
 step "build: the library, its Python module and the LibTorch tests"
+googletest=$(scripts/googletest_prefix.sh "$BUILD/googletest")
 BUILD="$BUILD/library" TORCH_EXT_PREFIX="$googletest" scripts/build_library.sh -DTORCH_EXT_TESTS=ON
 
 step "build: the torch-free kernel tests"
-cmake -S tests/kernels -B "$BUILD/kernels" -G Ninja -DCMAKE_BUILD_TYPE=Release \
-  -DCMAKE_PREFIX_PATH="$googletest" -DCMAKE_CXX_COMPILER_LAUNCHER="$launcher" >/dev/null
-cmake --build "$BUILD/kernels" --parallel "$jobs"
+scripts/configure_kernel_tests.sh "$BUILD/kernels"
+cmake --build "$BUILD/kernels" --parallel "${MAX_JOBS:-1}"
 
 step "kernels, every instruction set this CPU has, against the double-precision reference"
 ctest --test-dir "$BUILD/kernels" --output-on-failure --parallel "$(nproc)"

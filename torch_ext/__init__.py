@@ -5,7 +5,7 @@ from torch_ext.native_library import PACKAGE, loaded
 __version__: str = loaded.build_info["version"]
 
 cmake_prefix_path: str = str(PACKAGE / "share" / "cmake")
-"""For ``-DCMAKE_PREFIX_PATH=``: where an installed package has what ``find_package(torch_ext)`` needs."""
+"""For ``-DCMAKE_PREFIX_PATH=``: where an installed package has the files of ``find_package``."""
 
 from torch_ext.attention import (
     attention_forward,

@@ -17,10 +17,11 @@ from torch_ext.native_library import loaded
 
 
 def _device_architectures() -> list[str]:
-    return [
-        f"{torch.cuda.get_device_name(index)} ({'.'.join(map(str, torch.cuda.get_device_capability(index)))})"
-        for index in range(torch.cuda.device_count())
-    ]
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        devices.append(f"{torch.cuda.get_device_name(index)} ({major}.{minor})")
+    return devices
 
 
 def report() -> dict[str, Any]:
@@ -52,6 +53,7 @@ def report() -> dict[str, Any]:
 def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     limit = facts["cpu_capability_limit"]
     limited = f", TORCH_EXT_CPU_CAPABILITY={limit}" if limit is not None else ""
+    supported = f"this CPU has {facts['cpu_capability_supported']}"
     cuda = "not built"
     if facts["cuda_version"] is not None:
         devices = ", ".join(facts["cuda_devices"]) or "no device here"
@@ -61,10 +63,7 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("torch_ext", facts["torch_ext"]),
         ("torch", f"{facts['torch_running']} (built for {facts['torch_built_for']})"),
         ("Python", facts["python"]),
-        (
-            "instruction set",
-            f"{facts['cpu_capability']} (this CPU has {facts['cpu_capability_supported']}{limited})",
-        ),
+        ("instruction set", f"{facts['cpu_capability']} ({supported}{limited})"),
         ("threads", str(facts["threads"])),
         ("CUDA", cuda),
         ("drop-in", "enabled" if facts["enabled"] else "not enabled: torch_ext.enable()"),

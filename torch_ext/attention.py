@@ -42,8 +42,8 @@ def scaled_dot_product_attention(
             float16. Tensors of 2 dimensions have neither batch nor heads, those of 3 no batch.
         key: (batch..., kv_heads, kv_len, head_dim); leading dimensions broadcast with query's.
         value: (batch..., kv_heads, kv_len, value_dim).
-        attn_mask: any shape that broadcasts to (batch..., heads, q_len, kv_len). bool: True = attend.
-            float32 or query's dtype: added to the scaled scores, and differentiable. Or a
+        attn_mask: any shape that broadcasts to (batch..., heads, q_len, kv_len). bool: True =
+            attend. float32 or query's dtype: added to the scaled scores, and differentiable. Or a
             ``torch.nn.attention.bias`` causal mask.
         dropout_p: probability in [0, 1] of dropping a weight, drawn from torch's generator.
         is_causal: query i attends to keys j <= i. Not together with attn_mask.
@@ -88,8 +88,8 @@ def attention_forward(
             scaled_dot_product_attention.
         is_causal: query i attends to keys j <= i + causal_offset. Not together with attn_mask.
         causal_offset: 0 aligns the triangle top left, ``kv_len - q_len`` lower right.
-        key_padding_mask: bool, broadcastable to (batch..., kv_len), True = ignore that key. Goes with
-            is_causal and with attn_mask.
+        key_padding_mask: bool, broadcastable to (batch..., kv_len), True = ignore that key. Goes
+            with is_causal and with attn_mask.
         dropout_seed: int64, one element, on query's device: the same seed drops the same weights.
             Drawn from torch's generator where dropout_p > 0 and none is given.
 
@@ -135,8 +135,8 @@ def self_attention(
     """A whole multi-head self-attention layer: projection, attention, projection.
 
     What ``nn.MultiheadAttention(embed, num_heads, batch_first=True)`` gives for one input and
-    ``need_weights=False``, with its parameters. Between the projections nothing is transposed, copied
-    or concatenated, forward and backward.
+    ``need_weights=False``, with its parameters. Between the projections nothing is transposed,
+    copied or concatenated, forward and backward.
 
     Args:
         input: (batch, seq, embed) or (seq, embed), float32, float64, bfloat16 or float16.
@@ -145,9 +145,9 @@ def self_attention(
         out_proj_weight: (embed, embed).
         out_proj_bias: (embed) or None.
         num_heads: a divisor of embed.
-        attn_mask: broadcastable to (batch, num_heads, seq, seq), as in scaled_dot_product_attention:
-            bool, True = attend (``nn.MultiheadAttention`` has it the other way round), or additive
-            and differentiable.
+        attn_mask: broadcastable to (batch, num_heads, seq, seq), as in
+            scaled_dot_product_attention: bool, True = attend (``nn.MultiheadAttention`` has it the
+            other way round), or additive and differentiable.
         dropout_p: probability in [0, 1] of dropping a weight, drawn from torch's generator.
         is_causal: position i attends to positions j <= i. Not together with attn_mask.
         key_padding_mask: bool, (batch, seq), or (seq) without a batch, True = ignore. Goes with
@@ -178,8 +178,8 @@ def last_attention_path() -> str:
     """Where the newest attention call of the process went, forward or backward, on any thread.
 
     Returns:
-        A kernel such as ``"cpu.avx2.tile"`` or ``"cpu.avx2.decode"``; ``"cpu.empty"`` where there was
-        nothing to compute; ``"torch: <reason>"`` where the drop-in left a call to torch's own kernel;
-        ``"none"`` before the first call.
+        A kernel such as ``"cpu.avx2.tile"`` or ``"cpu.avx2.decode"``; ``"cpu.empty"`` where there
+        was nothing to compute; ``"torch: <reason>"`` where the drop-in left a call to torch's own
+        kernel; ``"none"`` before the first call.
     """
     return _C.last_attention_path()

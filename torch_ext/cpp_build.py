@@ -40,7 +40,7 @@ class BuildError(ImportError):
 
 
 def release(version: str) -> str:
-    """``2.15.0`` of ``2.15.0+cu132`` or ``2.15.0.dev20261101``: what binary compatibility hangs on."""
+    """``2.15.0`` of ``2.15.0+cu132`` or ``2.15.0.dev20261101``: what the ABI hangs on."""
     found = re.match(r"\d+\.\d+(\.\d+)?", version)
     if found is None:
         raise ValueError(f"torch_ext: not a version: {version!r}")
@@ -110,9 +110,7 @@ def choose_cuda(csrc: Path) -> CudaChoice:
             f"nvcc {nvcc} in {CUDA_HOME} cannot compile for a torch built with CUDA "
             f"{torch.version.cuda}: the major versions differ"
         )
-    default = (
-        CUDA_ARCHITECTURES if _numbers(nvcc) >= (12, 8, 0) else CUDA_ARCHITECTURES_BEFORE_12_8
-    )
+    default = CUDA_ARCHITECTURES if _numbers(nvcc) >= (12, 8, 0) else CUDA_ARCHITECTURES_BEFORE_12_8
     architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or default
     return CudaChoice(True, f"nvcc {nvcc} in {CUDA_HOME}", architectures)
 
@@ -213,8 +211,8 @@ def _build_folder(plan: BuildPlan) -> Path:
             str(plan.cuda),
         ]
     )
-    name = f"torch_ext-torch{release(torch.__version__)}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
-    return Path(root) / name
+    digest = hashlib.sha256(key.encode()).hexdigest()[:8]
+    return Path(root) / f"torch_ext-torch{release(torch.__version__)}-{digest}"
 
 
 @contextmanager
@@ -222,14 +220,15 @@ def _locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "torch_ext.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        # torch's own lock is a file that a killed build leaves behind, and then waits for, for ever.
+        # torch's own lock is a file that a killed build leaves behind, and then waits for for ever.
         (folder / "lock").unlink(missing_ok=True)
         yield
 
 
 def _import_from(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(MODULE, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -36,9 +36,8 @@ def _is_checkout() -> bool:
 def _how_to_rebuild() -> str:
     if _is_checkout():
         return f"Run `make build` in {PACKAGE.parent}, or delete {LIBRARY.parent}"
-    return (
-        "Run `pip install --no-build-isolation --no-deps --force-reinstall .` in a checkout of torch_ext"
-    )
+    command = "pip install --no-build-isolation --no-deps --force-reinstall ."
+    return f"Run `{command}` in a checkout of torch_ext"
 
 
 def check_build(info: dict[str, Any]) -> None:
@@ -57,10 +56,10 @@ def check_build(info: dict[str, Any]) -> None:
     cuda = info.get("cuda_version")
     running_cuda = (torch.version.cuda or "").split(".")[0]
     if cuda is not None and str(cuda).split(".")[0] != running_cuda:
+        has = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
         raise ImportError(
             f"torch_ext: this library was built for torch {built} with CUDA {cuda}, but the torch "
-            f"that is running has {'CUDA ' + torch.version.cuda if torch.version.cuda else 'no CUDA'}"
-            f": rebuild it. {_how_to_rebuild()}"
+            f"that is running has {has}: rebuild it. {_how_to_rebuild()}"
         )
 
 
@@ -71,10 +70,10 @@ def _load_prebuilt() -> NativeLibrary:
     try:
         module = importlib.import_module("torch_ext._C")
     except ModuleNotFoundError as error:
+        python = f"{sys.version_info.major}.{sys.version_info.minor}"
         raise ImportError(
-            f"torch_ext: the library is there, but not its module for Python "
-            f"{sys.version_info.major}.{sys.version_info.minor} ({PACKAGE / '_C.*.so'}): rebuild it. "
-            f"{_how_to_rebuild()}"
+            f"torch_ext: the library is there, but not its module for Python {python} "
+            f"({PACKAGE / '_C.*.so'}): rebuild it. {_how_to_rebuild()}"
         ) from error
     return NativeLibrary(LIBRARY, module, info, compiled_at_import=False)
 
@@ -83,7 +82,7 @@ def _load_checkout() -> NativeLibrary:
     module, path = cpp_build.load_checkout(CSRC)
     # As if it were a file of the package.
     sys.modules["torch_ext._C"] = module
-    setattr(sys.modules["torch_ext"], "_C", module)
+    vars(sys.modules["torch_ext"])["_C"] = module
     info = json.loads((path.parent / cpp_build.BUILD_INFO).read_text())
     return NativeLibrary(path, module, info, compiled_at_import=True)
 

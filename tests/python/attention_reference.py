@@ -34,6 +34,7 @@ def attention(
     key_padding_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     keep: Tensor | None = None,
+    rounding: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out, logsumexp), float64, differentiable in everything floating.
 
@@ -41,9 +42,11 @@ def attention(
         query: (batch..., heads, q_len, head_dim), or without heads, or without batch
         key: (batch..., kv_heads, kv_len, head_dim)
         value: (batch..., kv_heads, kv_len, value_dim)
-        attn_mask: broadcastable to (batch..., heads, q_len, kv_len), boolean (True = attend) or added
+        attn_mask: broadcastable to (batch..., heads, q_len, kv_len), boolean (True = attend)
+            or added
         key_padding_mask: broadcastable to (batch..., kv_len), True = ignore
         keep: the weights that dropout keeps, (batch..., heads, q_len, kv_len)
+        rounding: round where a fused kernel of this dtype does, see _RoundedAttention
     """
     query, key, value = query.double(), key.double(), value.double()
     if enable_gqa:
@@ -78,7 +81,34 @@ def attention(
     logsumexp = (total.log() + maximum).masked_fill(empty, -math.inf).squeeze(-1)
     if keep is not None:
         weights = weights * keep * dropout_factor(dropout_p)
+    if rounding is not None:
+        return _RoundedAttention.apply(weights.detach(), scores, value, rounding), logsumexp
     return weights @ value, logsumexp
+
+
+class _RoundedAttention(torch.autograd.Function):
+    """weights @ value with the roundings that every fused kernel in half precision makes.
+
+    The weights and the scores' gradient enter their products in that precision, and the term that
+    makes each row of the scores' gradient sum to 0 is taken from the rounded output.
+    """
+
+    @staticmethod
+    def forward(ctx, weights, scores, value, dtype):  # type: ignore[no-untyped-def]
+        rounded = weights.to(dtype).double()
+        out = rounded @ value
+        ctx.save_for_backward(weights, rounded, value, out.to(dtype).double())
+        ctx.dtype = dtype
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        weights, rounded, value, out = ctx.saved_tensors
+        delta = (grad * out).sum(-1, keepdim=True)
+        grad_scores = weights * (grad @ value.transpose(-2, -1) - delta)
+        grad_scores = grad_scores.to(ctx.dtype).double()
+        grad_value = (rounded.transpose(-2, -1) @ grad).sum_to_size(value.shape)
+        return None, grad_scores, grad_value, None
 
 
 def relative_error(actual: Tensor, expected: Tensor, floor: float = 0.0) -> float:

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 import torch
+from attention_cases import DTYPES, AttentionCase, check_case
 
 import torch_ext
-from attention_cases import DTYPES, AttentionCase, check_case
 
 CASES = [
     AttentionCase((2, 3, 37, 24), (2, 3, 70, 24)),
@@ -74,7 +74,7 @@ def test_same_bits_for_every_thread_count(cpu_capability: str, set_num_threads) 
 
 def test_unknown_capability_is_refused() -> None:
     before = torch_ext._C.cpu_capability()
-    with pytest.raises((RuntimeError, ValueError), match="default.*avx3"):
+    with pytest.raises((RuntimeError, ValueError), match=r"default.*avx3"):
         torch_ext._C.set_cpu_capability("avx3")
     assert torch_ext._C.cpu_capability() == before
 
@@ -103,7 +103,8 @@ def test_environment_variable() -> None:
 def test_environment_variable_that_names_nothing() -> None:
     run = _in_new_process("avx3")
     assert run.returncode != 0
-    assert "TORCH_EXT_CPU_CAPABILITY" in run.stderr and "avx3" in run.stderr
+    assert "TORCH_EXT_CPU_CAPABILITY" in run.stderr
+    assert "avx3" in run.stderr
 
 
 class TestPath:

@@ -7,9 +7,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
-
 from attention_cases import DTYPES, AttentionCase
+from torch import Tensor
 
 CASES = [
     # fewer (batch, head) pairs than threads: queries and keys are split
@@ -98,13 +97,14 @@ def test_inference_path_gives_the_same_bits() -> None:
             plain = op(*tensors.inputs, **options)
         with torch.inference_mode():
             inference = op(*tensors.inputs, **options)
-        assert torch.equal(recorded, plain) and torch.equal(recorded, inference.clone())
+        assert torch.equal(recorded, plain)
+        assert torch.equal(recorded, inference.clone())
         assert recorded.stride() == plain.stride() == inference.stride()
 
 
 @pytest.mark.parametrize("intra_threads", [1, 2])
 def test_many_threads_at_once(intra_threads: int, set_num_threads: Callable[[int], None]) -> None:
-    """8 Python threads, forward and backward, different calls at once: each gets its own results."""
+    """8 Python threads, forward and backward, different calls at once: each gets its own."""
     set_num_threads(intra_threads)
     jobs = []
     for case, dtype in zip(CASES, [*DTYPES, *DTYPES, *DTYPES, *DTYPES], strict=False):
@@ -123,7 +123,7 @@ def test_many_threads_at_once(intra_threads: int, set_num_threads: Callable[[int
                 for mine, right in zip(_results(*arguments), expected, strict=True):
                     if not torch.equal(mine, right):
                         failures.append(f"thread {worker}: {arguments[0]}")
-        except Exception as error:  # noqa: BLE001: joined below
+        except Exception as error:
             failures.append(f"thread {worker}: {error!r}")
 
     threads = [threading.Thread(target=work, args=(worker,)) for worker in range(8)]

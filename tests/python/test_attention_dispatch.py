@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_cases import DTYPES, AttentionCase
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-
-from attention_cases import DTYPES, AttentionCase
 
 OPS = torch.ops.torch_ext
 
@@ -128,9 +127,7 @@ def test_opcheck_packed(dropout_p: float, name: str) -> None:
         OPS.packed_attention_forward.default, (qkv, 3, mask, dropout_p, is_causal), options
     )
     with torch.no_grad():
-        out, logsumexp = OPS.packed_attention_forward(
-            qkv, 3, mask, dropout_p, is_causal, **options
-        )
+        out, logsumexp = OPS.packed_attention_forward(qkv, 3, mask, dropout_p, is_causal, **options)
     additive = mask is not None and mask.is_floating_point()
     torch.library.opcheck(
         OPS.packed_attention_backward.default,
@@ -146,7 +143,8 @@ def _same_metadata(real: Any, other: Any) -> None:
     for mine, theirs in zip(real, other, strict=True):
         assert (mine is None) == (theirs is None)
         if mine is not None:
-            assert mine.shape == theirs.shape and mine.dtype == theirs.dtype
+            assert mine.shape == theirs.shape
+            assert mine.dtype == theirs.dtype
             assert mine.stride() == theirs.stride()
 
 
@@ -167,7 +165,9 @@ def test_metadata(kind: str, dtype: torch.dtype) -> None:
 
     def run(device: str, case: AttentionCase, inputs: list[Tensor | None]) -> tuple[Any, Any, Any]:
         inputs = [
-            None if t is None else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype)
+            None
+            if t is None
+            else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype)
             if device == "fake"
             else t.detach().to(device)
             for t in inputs
@@ -330,8 +330,12 @@ def test_schemas() -> None:
         "Tensor out_proj_weight, Tensor? out_proj_bias, int num_heads, Tensor? attn_mask=None, "
         "float dropout_p=0., bool is_causal=False, *, Tensor? key_padding_mask=None) -> Tensor"
     )
-    for name in ("scaled_dot_product_attention", "attention_forward", "attention_backward",
-                 "self_attention"):
+    for name in (
+        "scaled_dot_product_attention",
+        "attention_forward",
+        "attention_backward",
+        "self_attention",
+    ):
         assert torch.Tag.pt2_compliant_tag in getattr(OPS, name).default.tags
     for name in ("scaled_dot_product_attention", "self_attention"):
         assert torch.Tag.nondeterministic_seeded in getattr(OPS, name).default.tags

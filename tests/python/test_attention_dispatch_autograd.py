@@ -16,7 +16,16 @@ def _qkv(dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [torch.randn(2, 3, n, 8, dtype=dtype, requires_grad=True) for n in (5, 7, 7)]
 
 
-SAVED = ["query", "key", "value", "attn_mask", "key_padding_mask", "dropout_seed", "out", "logsumexp"]
+SAVED = [
+    "query",
+    "key",
+    "value",
+    "attn_mask",
+    "key_padding_mask",
+    "dropout_seed",
+    "out",
+    "logsumexp",
+]
 
 
 @pytest.mark.parametrize("name", SAVED)
@@ -44,7 +53,8 @@ def test_output_modified_in_place_is_tracked() -> None:
     out = OPS.scaled_dot_product_attention(*inputs)
     assert out._version == 0
     out.mul_(2)
-    assert out._version == 1 and "Mul" in out.grad_fn.name()
+    assert out._version == 1
+    assert "Mul" in out.grad_fn.name()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
 
@@ -54,7 +64,8 @@ def test_inputs_are_not_written() -> None:
     copies = [t.detach().clone() for t in inputs]
     OPS.scaled_dot_product_attention(*inputs).sum().backward()
     for tensor, copy in zip(inputs, copies, strict=True):
-        assert torch.equal(tensor, copy) and tensor._version == 0
+        assert torch.equal(tensor, copy)
+        assert tensor._version == 0
 
 
 def test_graph_is_freed() -> None:
@@ -67,7 +78,8 @@ def test_graph_is_freed() -> None:
 def test_grad_fn_and_leaves() -> None:
     inputs = _qkv()
     out, logsumexp = OPS.attention_forward(*inputs)
-    assert out.requires_grad and logsumexp.requires_grad
+    assert out.requires_grad
+    assert logsumexp.requires_grad
     assert out.grad_fn is logsumexp.grad_fn
     with torch.no_grad():
         assert OPS.scaled_dot_product_attention(*inputs).grad_fn is None
@@ -96,13 +108,14 @@ def test_inference_mode() -> None:
     plain = OPS.scaled_dot_product_attention(*inputs)
     with torch.inference_mode():
         out = OPS.scaled_dot_product_attention(*inputs)
-        assert out.is_inference() and not out.requires_grad
+        assert out.is_inference()
+        assert not out.requires_grad
         fresh = torch.randn(2, 3, 5, 8)
         assert OPS.scaled_dot_product_attention(fresh, *inputs[1:]).is_inference()
     assert torch.equal(out, plain)
     # Outside, an inference tensor may be read but not saved for a gradient.
     OPS.scaled_dot_product_attention(fresh, *(t.detach() for t in inputs[1:]))
-    with pytest.raises(RuntimeError, match="[Ii]nference tensors cannot be saved"):
+    with pytest.raises(RuntimeError, match=r"[Ii]nference tensors cannot be saved"):
         OPS.scaled_dot_product_attention(fresh, *inputs[1:])
 
 
@@ -250,9 +263,10 @@ def test_dual_tensors_raise_in_self_attention(index: int) -> None:
 def test_dual_tensors_raise_in_backward() -> None:
     query, key, value = (t.detach() for t in _qkv())
     out, logsumexp = OPS.attention_forward(query, key, value)
-    with fwAD.dual_level(), pytest.raises(NotImplementedError, match=FORWARD_MODE):
+    with fwAD.dual_level():
         dual = fwAD.make_dual(out, torch.ones_like(out))
-        OPS.attention_backward(dual, None, query, key, value, out, logsumexp)
+        with pytest.raises(NotImplementedError, match=FORWARD_MODE):
+            OPS.attention_backward(dual, None, query, key, value, out, logsumexp)
 
 
 def test_packed_saved_tensor_modified_in_place() -> None:

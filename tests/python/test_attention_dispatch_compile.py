@@ -35,7 +35,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = Non
 def _compare(compiled: Any, function: Any, inputs: list[Tensor]) -> None:
     leaves = [t for t in inputs if t.requires_grad]
     out, expected = compiled(*inputs), function(*inputs)
-    assert out.dtype == expected.dtype and out.stride() == expected.stride()
+    assert out.dtype == expected.dtype
+    assert out.stride() == expected.stride()
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
     actual = torch.autograd.grad(out.sin().sum(), leaves)
     grads = torch.autograd.grad(expected.sin().sum(), leaves)
@@ -64,9 +65,7 @@ def test_one_graph_for_changing_shapes(backend: str) -> None:
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(_attend, fullgraph=True, backend=counter, dynamic=True)
     for batch, q_len, kv_len in ((2, 5, 7), (3, 6, 9), (4, 33, 65), (5, 130, 3)):
-        _compare(
-            compiled, _attend, [*_inputs(batch, q_len, kv_len), torch.randn(4, q_len, kv_len)]
-        )
+        _compare(compiled, _attend, [*_inputs(batch, q_len, kv_len), torch.randn(4, q_len, kv_len)])
     assert counter.frame_count == 1
 
 
@@ -82,9 +81,7 @@ def test_automatic_dynamic_shapes_compile_twice() -> None:
     assert counter.frame_count == 2
 
 
-@pytest.mark.parametrize(
-    "name", ["gqa", "head_dim", "causal_offset", "padding", "heads", "packed"]
-)
+@pytest.mark.parametrize("name", ["gqa", "head_dim", "causal_offset", "padding", "heads", "packed"])
 def test_every_size_may_be_symbolic(name: str) -> None:
     counter = CompileCounterWithBackend("aot_eager")
 
@@ -132,7 +129,8 @@ def test_dropout(backend: str) -> None:
     first, second = compiled(*inputs), compiled(*inputs)
     torch.manual_seed(1)
     again = compiled(*inputs)
-    assert not torch.equal(first, second) and torch.equal(first, again)
+    assert not torch.equal(first, second)
+    assert torch.equal(first, again)
     # The gradient of the value shows the mask: out = (P * keep) @ value is linear in it.
     (grad,) = torch.autograd.grad(first.sum(), inputs[2:])
     torch.testing.assert_close((grad * inputs[2]).sum(), first.sum(), rtol=1e-4, atol=1e-4)

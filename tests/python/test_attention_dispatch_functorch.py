@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from attention_reference import attention
 from torch import Tensor
 from torch.func import grad, jacrev, jvp, vjp, vmap
-
-from attention_reference import attention
 
 OPS = torch.ops.torch_ext
 
@@ -23,7 +22,9 @@ def sdpa(*args: Any, **kwargs: Any) -> Tensor:
 def _loop(function: Callable[..., Tensor], in_dims: tuple, inputs: list, count: int) -> Tensor:
     return torch.stack(
         [
-            function(*(t if d is None else t.select(d, i) for t, d in zip(inputs, in_dims, strict=True)))
+            function(
+                *(t if d is None else t.select(d, i) for t, d in zip(inputs, in_dims, strict=True))
+            )
             for i in range(count)
         ]
     )
@@ -38,7 +39,9 @@ def _mapped(shape: tuple[int, ...], dim: int | None, dtype: torch.dtype) -> Tens
 
 @pytest.mark.parametrize("rank", [2, 3, 4, 5])
 @pytest.mark.parametrize(
-    "in_dims", [d for d in itertools.product((None, 0), repeat=4) if any(x == 0 for x in d)], ids=str
+    "in_dims",
+    [d for d in itertools.product((None, 0), repeat=4) if any(x == 0 for x in d)],
+    ids=str,
 )
 def test_vmap_every_combination(in_dims: tuple[int | None, ...], rank: int) -> None:
     lead = (2, 2, 4)[5 - rank :]
@@ -70,7 +73,11 @@ def test_vmap_boolean_mask(mask_dim: int | None) -> None:
 
 
 def test_vmap_options() -> None:
-    query, key, value = torch.randn(3, 2, 4, 6, 8), torch.randn(3, 2, 2, 6, 8), torch.randn(2, 2, 6, 8)
+    query, key, value = (
+        torch.randn(3, 2, 4, 6, 8),
+        torch.randn(3, 2, 2, 6, 8),
+        torch.randn(2, 2, 6, 8),
+    )
 
     def function(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return sdpa(query, key, value, is_causal=True, scale=0.3, enable_gqa=True)
@@ -89,7 +96,10 @@ def test_vmap_forward_with_logsumexp_and_padding() -> None:
         return torch.cat([out, logsumexp[..., None]], -1)
 
     for in_dims in ((0, 0, 0, 0), (0, None, None, 0), (None, None, None, 0)):
-        inputs = [t if d == 0 else t[0] for t, d in zip((query, key, value, padding), in_dims, strict=True)]
+        inputs = [
+            t if d == 0 else t[0]
+            for t, d in zip((query, key, value, padding), in_dims, strict=True)
+        ]
         out = vmap(function, in_dims=in_dims)(*inputs)
         torch.testing.assert_close(out, _loop(function, in_dims, inputs, 3), rtol=1e-5, atol=1e-6)
 
@@ -106,7 +116,9 @@ def test_vmap_out_dims_and_chunks() -> None:
 def test_nested_vmap() -> None:
     query, key = torch.randn(2, 3, 4, 5, 8), torch.randn(3, 4, 7, 8)
     out = vmap(vmap(lambda q, k: sdpa(q, k, k)), in_dims=(0, None))(query, key)
-    expected = torch.stack([torch.stack([sdpa(q, k, k) for q, k in zip(qs, key, strict=True)]) for qs in query])
+    expected = torch.stack(
+        [torch.stack([sdpa(q, k, k) for q, k in zip(qs, key, strict=True)]) for qs in query]
+    )
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -134,7 +146,8 @@ def test_vmap_dropout_randomness() -> None:
     with pytest.raises(RuntimeError, match="randomness"):
         vmap(function)(query)
     same = vmap(function, randomness="same")(query)
-    assert torch.equal(same[0], same[1]) and torch.equal(same[0], same[2])
+    assert torch.equal(same[0], same[1])
+    assert torch.equal(same[0], same[2])
     assert not torch.equal(same[0], sdpa(query[0], query[0], query[0]))
     different = vmap(function, randomness="different")(query)
     assert not torch.equal(different[0], different[1])
@@ -195,7 +208,10 @@ def test_gradient_through_vmap() -> None:
 
 
 def test_jacrev() -> None:
-    query, key = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 5, 4, dtype=torch.float64)
+    query, key = (
+        torch.randn(2, 3, 4, dtype=torch.float64),
+        torch.randn(2, 5, 4, dtype=torch.float64),
+    )
     actual = jacrev(sdpa, (0, 1, 2))(query, key, key)
     expected = jacrev(lambda *i: attention(*i)[0], (0, 1, 2))(query, key, key)
     for mine, exact in zip(actual, expected, strict=True):
@@ -228,7 +244,7 @@ def test_forward_mode_raises() -> None:
         lambda: torch.func.jacfwd(lambda q: sdpa(q, key, key))(query),
         lambda: torch.func.hessian(lambda q: sdpa(q, key, key).sum())(query),
     ):
-        with pytest.raises((NotImplementedError, RuntimeError), match="forward-mode|forward mode"):
+        with pytest.raises((NotImplementedError, RuntimeError), match=r"forward.mode"):
             function()
 
 

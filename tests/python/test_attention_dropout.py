@@ -6,12 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from attention_cases import AttentionCase, AttentionResult, check_result
+from attention_reference import attention, dropout_factor, relative_error
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-
-from attention_cases import AttentionCase, AttentionResult, check_result
-from attention_reference import attention, dropout_factor, relative_error
 
 
 def sdpa(*args: object, **kwargs: object) -> Tensor:
@@ -44,8 +43,10 @@ def test_generator_governs() -> None:
     again = [sdpa(query, key, value, dropout_p=0.3) for _ in range(2)]
     torch.manual_seed(2)
     other = sdpa(query, key, value, dropout_p=0.3)
-    assert torch.equal(first, again[0]) and torch.equal(second, again[1])
-    assert not torch.equal(first, second) and not torch.equal(first, other)
+    assert torch.equal(first, again[0])
+    assert torch.equal(second, again[1])
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, other)
 
 
 def test_generator_state_moves_on_only_with_dropout() -> None:
@@ -98,7 +99,8 @@ def test_formula_with_the_mask_written_out(
     )
     sizes = (*out.shape[:-1], case.key[-2])
     keep = torch.ops.torch_ext.attention_dropout_mask(seed, dropout_p, sizes)
-    assert keep.dtype is torch.bool and keep.shape == sizes
+    assert keep.dtype is torch.bool
+    assert keep.shape == sizes
     expected_out, _ = attention(
         *twins.inputs, keep=keep, key_padding_mask=twins.key_padding_mask, **options
     )
@@ -140,7 +142,8 @@ def test_sdpa_uses_the_seed_that_it_draws() -> None:
         torch.manual_seed(3)
         out = sdpa(query, key, value, dropout_p=0.4)
     (seed,) = mode.seeds
-    assert seed.dtype is torch.int64 and seed.numel() == 1
+    assert seed.dtype is torch.int64
+    assert seed.numel() == 1
     keep = torch.ops.torch_ext.attention_dropout_mask(seed, 0.4, (2, 3, 40, 40))
     expected, _ = attention(query, key, value, dropout_p=0.4, keep=keep)
     assert relative_error(out, expected) <= 3e-6

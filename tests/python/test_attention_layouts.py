@@ -1,4 +1,4 @@
-"""Strides: whatever lies in memory is read where it lies, and gives what its contiguous copy gives."""
+"""Strides: what lies in memory is read where it lies, and gives what its contiguous copy gives."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
-
 from attention_cases import DTYPES, AttentionCase, AttentionTensors, check_case
+from torch import Tensor
 
 
 def _packed(t: Tensor) -> Tensor:
@@ -119,7 +118,9 @@ def test_sum_and_ones() -> None:
 def test_strides_change_no_bit(layout: str, dtype: torch.dtype) -> None:
     """The order of every sum depends on shapes, not on strides."""
     tensors = CASES[0].tensors(dtype)
-    strided = [LAYOUTS[layout](t.detach()).requires_grad_() for t in tensors.inputs if t is not None]
+    strided = [
+        LAYOUTS[layout](t.detach()).requires_grad_() for t in tensors.inputs if t is not None
+    ]
     plain = [t.detach().clone(memory_format=torch.contiguous_format) for t in strided]
     plain = [t.requires_grad_() for t in plain]
     grad_out = torch.randn(2, 3, 37, 20).to(dtype)
@@ -143,7 +144,8 @@ def test_key_padding_strides(stride: int) -> None:
     op = torch.ops.torch_ext.attention_forward
     actual = op(query, key, value, key_padding_mask=padding)
     expected = op(query, key, value, key_padding_mask=padding.contiguous())
-    assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
+    assert torch.equal(actual[0], expected[0])
+    assert torch.equal(actual[1], expected[1])
 
 
 def _copies(run: Callable[[], object]) -> set[str]:
@@ -189,9 +191,7 @@ def test_masks_and_grouped_heads_take_no_memory() -> None:
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
         op(query, key, value, mask, enable_gqa=True).sum().backward()
-    allocated = sum(
-        max(event.self_cpu_memory_usage, 0) for event in profile.key_averages()
-    )
+    allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profile.key_averages())
     assert allocated < 8 * 1024 * 1024 * 4 / 4  # a quarter of one matrix of scores
 
 

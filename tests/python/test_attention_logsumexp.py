@@ -6,11 +6,10 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
-
 from attention_cases import DTYPES, AttentionCase, check_result
 from attention_cases import AttentionResult as Result
 from attention_reference import attention, relative_error
+from torch import Tensor
 
 CASES = [
     AttentionCase((2, 3, 37, 24), (2, 3, 70, 24)),
@@ -25,9 +24,7 @@ CASES = [
 ]
 
 
-def _gradients(
-    outputs: list[Tensor], leaves: list[Tensor], grads: list[Tensor]
-) -> list[Tensor]:
+def _gradients(outputs: list[Tensor], leaves: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad(outputs, leaves, grads, allow_unused=True))
 
 

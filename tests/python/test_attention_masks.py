@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-
 from attention_cases import DTYPES, AttentionCase, check_case
 from attention_reference import attention, relative_error
 
@@ -74,9 +73,7 @@ CASES = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mask_dtype", [torch.bool, None], ids=["bool", "additive"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_forms(
-    case: AttentionCase, mask_dtype: torch.dtype | None, dtype: torch.dtype
-) -> None:
+def test_forms(case: AttentionCase, mask_dtype: torch.dtype | None, dtype: torch.dtype) -> None:
     check_case(
         AttentionCase(
             case.query, case.key, mask=case.mask, mask_dtype=mask_dtype, enable_gqa=case.enable_gqa
@@ -198,7 +195,8 @@ def test_rows_that_attend_to_nothing(q_len: int, kind: str, dtype: torch.dtype) 
     )
     assert torch.equal(out[empty], torch.zeros_like(out[empty]))
     assert torch.equal(logsumexp == -math.inf, empty)
-    assert out.isfinite().all() and not logsumexp.isnan().any()
+    assert out.isfinite().all()
+    assert not logsumexp.isnan().any()
 
     # The gradient of an empty row's output, and of its logsumexp, must reach nothing.
     grad_out = torch.randn(out.shape).to(dtype)
@@ -252,7 +250,8 @@ def test_one_mask_value_for_all(dtype: torch.dtype) -> None:
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(out, plain, rtol=tolerance, atol=tolerance)
     (grad,) = torch.autograd.grad(out.sum(), [mask])
-    assert grad.shape == (1,) and abs(float(grad)) < 1e3 * tolerance
+    assert grad.shape == (1,)
+    assert abs(float(grad)) < 1e3 * tolerance
 
 
 def test_gradient_only_where_wanted() -> None:
@@ -263,9 +262,7 @@ def test_gradient_only_where_wanted() -> None:
     grad_out = torch.randn(2, 3, 21, 16)
     full = torch.autograd.grad(op(*tensors.inputs), tensors.differentiable, grad_out)
     for wanted in itertools.product((False, True), repeat=4):
-        inputs = [
-            t.detach().requires_grad_(w) for t, w in zip(tensors.inputs, wanted, strict=True)
-        ]
+        inputs = [t.detach().requires_grad_(w) for t, w in zip(tensors.inputs, wanted, strict=True)]
         out = op(*inputs)
         assert out.requires_grad == any(wanted)
         if not any(wanted):

@@ -9,7 +9,6 @@ import math
 
 import pytest
 import torch
-
 from attention_cases import DTYPES, HALF_DTYPES, AttentionCase, check_case
 from attention_reference import attention
 
@@ -91,7 +90,30 @@ def test_shapes(case: AttentionCase, dtype: torch.dtype) -> None:
     check_case(case, dtype)
 
 
-HEAD_DIMS = (1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 48, 64, 80, 96, 100, 128, 160, 192, 256, 257, 512)
+HEAD_DIMS = (
+    1,
+    2,
+    3,
+    7,
+    8,
+    15,
+    16,
+    17,
+    31,
+    32,
+    33,
+    48,
+    64,
+    80,
+    96,
+    100,
+    128,
+    160,
+    192,
+    256,
+    257,
+    512,
+)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -141,7 +163,8 @@ def test_zero_sized(
         tensors = case.tensors(dtype)
         out, logsumexp = torch.ops.torch_ext.attention_forward(*tensors.inputs, **case.options)
         expected, expected_logsumexp = attention(*tensors.inputs, **case.options)
-        assert out.shape == expected.shape and logsumexp.shape == expected_logsumexp.shape
+        assert out.shape == expected.shape
+        assert logsumexp.shape == expected_logsumexp.shape
         torch.testing.assert_close(out.double(), expected, rtol=1e-2, atol=1e-2)
         torch.testing.assert_close(logsumexp.double(), expected_logsumexp, rtol=1e-2, atol=1e-2)
         out.sum().backward()
@@ -189,14 +212,16 @@ def test_nan_spreads_to_the_rows_that_see_it(q_len: int, dtype: torch.dtype) -> 
     broken[0, 1, 0, 3] = math.nan
     out = torch.ops.torch_ext.scaled_dot_product_attention(broken, key, value)
     assert out[0, 1, 0].isnan().all()
-    assert torch.equal(out[1], plain[1]) and torch.equal(out[0, 2], plain[0, 2])
+    assert torch.equal(out[1], plain[1])
+    assert torch.equal(out[0, 2], plain[0, 2])
     assert torch.equal(out[0, 1, 1:], plain[0, 1, 1:])
 
     broken = key.clone()
     broken[1, 2, 50, 3] = math.nan
     out = torch.ops.torch_ext.scaled_dot_product_attention(query, broken, value)
     assert out[1, 2].isnan().all()
-    assert torch.equal(out[0], plain[0]) and torch.equal(out[1, :2], plain[1, :2])
+    assert torch.equal(out[0], plain[0])
+    assert torch.equal(out[1, :2], plain[1, :2])
 
     broken = value.clone()
     broken[1, 2, 50, 3] = math.nan
@@ -211,6 +236,9 @@ def test_nan_in_the_gradient_spreads() -> None:
     grad_out = torch.ones_like(out)
     grad_out[0, 1, 7, 3] = math.nan
     grad_query, grad_key, grad_value = torch.autograd.grad(out, tensors.differentiable, grad_out)
-    assert grad_query[0, 1, 7].isnan().all() and grad_query[0, 1, :7].isfinite().all()
-    assert grad_key[0, 1].isnan().all() and grad_key[1].isfinite().all()
-    assert grad_value[0, 1, :, 3].isnan().all() and grad_value[0, 2].isfinite().all()
+    assert grad_query[0, 1, 7].isnan().all()
+    assert grad_query[0, 1, :7].isfinite().all()
+    assert grad_key[0, 1].isnan().all()
+    assert grad_key[1].isfinite().all()
+    assert grad_value[0, 1, :, 3].isnan().all()
+    assert grad_value[0, 2].isfinite().all()

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_reference import attention
 from torch import Tensor
 from torch.testing._internal.common_methods_invocations import op_db
-
-from attention_reference import attention
 
 (INFO,) = [op for op in op_db if op.name == "nn.functional.scaled_dot_product_attention"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-
 from attention_cases import AttentionCase, formula, stock
 from attention_reference import attention, dropout_factor, relative_error
 
@@ -47,12 +46,15 @@ def test_row_without_keys() -> None:
     with torch.no_grad():
         tensors.attn_mask[2] = -math.inf
     out, logsumexp = attention(*tensors.inputs)
-    assert torch.equal(out[2], torch.zeros(6)) and logsumexp[2] == -math.inf
+    assert torch.equal(out[2], torch.zeros(6))
+    assert logsumexp[2] == -math.inf
     grads = torch.autograd.grad(out.sum() + logsumexp[:2].sum(), tensors.differentiable)
     assert all(g.isfinite().all() for g in grads)
-    assert not grads[0][2].any() and not grads[3][2].any()
+    assert not grads[0][2].any()
+    assert not grads[3][2].any()
 
 
 def test_dropout_factor() -> None:
-    assert dropout_factor(0.0) == 1.0 and dropout_factor(1.0) == 0.0
+    assert dropout_factor(0.0) == 1.0
+    assert dropout_factor(1.0) == 0.0
     assert abs(dropout_factor(0.1) - 1 / 0.9) < 1e-5

@@ -36,7 +36,8 @@ def test_workloads_are_told_apart_and_found() -> None:
     assert len(set(names)) == len(names)
     assert all(workload.ratio is not None for workload in workloads.select())
     found = workloads.select("Causal BF16 forward")
-    assert found and all("causal" in w.name and "bf16" in w.name for w in found)
+    assert found
+    assert all("causal" in w.name and "bf16" in w.name for w in found)
     assert workloads.select("no such thing") == []
     swept = {w.head_dim for w in workloads.WORKLOADS if w.group == "sweep"}
     assert {32, 80, 96, 256} <= swept
@@ -107,13 +108,15 @@ def test_quick_run_writes_csv_json_and_picture(
     ]
     assert _module("bench_attention").main([*flags, *outputs, "--peers", "math"]) == 0
     printed = capsys.readouterr().out
-    assert "torch_ext ms" in printed and "targets reached" in printed
+    assert "torch_ext ms" in printed
+    assert "targets reached" in printed
     with files["csv"].open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(_module("workloads").select("bf16"))
     for row in rows:
         assert "bf16" in row["workload"]
-        assert float(row["torch_seconds"]) > 0 and float(row["torch_ext_seconds"]) > 0
+        assert float(row["torch_seconds"]) > 0
+        assert float(row["torch_ext_seconds"]) > 0
         assert float(row["math_seconds"]) > 0
         assert row["path"].startswith("cpu.")
     assert json.loads(files["json"].read_text())["environment"]["torch"] == torch.__version__
@@ -142,7 +145,7 @@ def test_threads_are_set_and_named(
 
 
 @pytest.mark.parametrize(
-    "flags, message",
+    ("flags", "message"),
     [
         (["--only", "nothing like it"], "no workload has all the words of 'nothing like it'"),
         (["--threads", "0"], "--threads takes a number of at least 1, got 0"),
@@ -161,7 +164,8 @@ def test_bad_options(flags: list[str], message: str, capsys: pytest.CaptureFixtu
 def test_peaks_are_measured() -> None:
     peaks = _module("machine").measure_peaks(1, "default")
     assert peaks.threads == 1
-    assert peaks.fma_gflops > 1 and peaks.read_gbytes > 0.1
+    assert peaks.fma_gflops > 1
+    assert peaks.read_gbytes > 0.1
     assert peaks.gflops("bfloat16") == peaks.fma_gflops  # no dot products in this instruction set
 
 
@@ -196,10 +200,13 @@ def test_documents_are_written_from_results(tmp_path: Path) -> None:
     assert update.main([*flags, "--check"]) == 1
     assert update.main(flags) == 0
     readme = (root / "README.md").read_text()
-    assert readme.startswith("before\n") and readme.endswith("after\n") and "old" not in readme
+    assert readme.startswith("before\n")
+    assert readme.endswith("after\n")
+    assert "old" not in readme
     name = content["rows"][0]["workload"]
     assert f"| {name} | 1.00 | 2.00 | 0.50x |" in readme
-    assert "Slower than torch" in readme and f"{name} (0.50)" in readme
+    assert "Slower than torch" in readme
+    assert f"{name} (0.50)" in readme
     assert name in (root / "docs/performance.md").read_text()
     assert "| out |" in (root / "docs/numerics.md").read_text()
     assert update.main([*flags, "--check"]) == 0

@@ -105,10 +105,11 @@ def test_command_line_trains_twice_and_writes_everything(tmp_path: Path) -> None
     assert outcome["largest_loss_difference"] < 1e-4
     assert stock["attention_path"] == "torch"
     assert fused["attention_path"].startswith("cpu.")
-    assert stock["peak_memory_mib"] > 0 and fused["peak_memory_mib"] > 0
+    assert stock["peak_memory_mib"] > 0
+    assert fused["peak_memory_mib"] > 0
 
 
-@pytest.mark.parametrize("dtype, limit", [("float32", 1e-4), ("bfloat16", 5e-2)])
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-4), ("bfloat16", 5e-2)])
 def test_both_variants_learn_the_same(tiny: Options, dtype: str, limit: float) -> None:
     options = dataclasses.replace(tiny, dtype=dtype)
     stock, fused = (train(variant, options) for variant in ATTENTION.variants)
@@ -167,7 +168,7 @@ def test_json_to_stdout_is_nothing_but_json(
 
 
 @pytest.mark.parametrize(
-    "flags, message",
+    ("flags", "message"),
     [
         (["--steps", "0"], "--steps takes a whole number of at least 1, got '0'"),
         (["--layers", "two"], "--layers takes a whole number of at least 1, got 'two'"),
@@ -186,7 +187,7 @@ def test_bad_options(flags: list[str], message: str, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize(
-    "flags, message",
+    ("flags", "message"),
     [
         (["--device", "tpu9"], "--device takes cpu, cuda or cuda:N, got 'tpu9'"),
         (["--device", "meta"], "--device takes cpu, cuda or cuda:N, got 'meta'"),
@@ -228,7 +229,7 @@ def test_an_error_in_the_child_reaches_the_terminal(
 
 def test_plot_formats(tmp_path: Path) -> None:
     check_plot(str(tmp_path / "a.svg"))
-    with pytest.raises(PlotError, match="got .*a.txt"):
+    with pytest.raises(PlotError, match=r"got .*a\.txt"):
         check_plot(str(tmp_path / "a.txt"))
 
 

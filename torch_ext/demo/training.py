@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torch_ext
+from torch_ext.native_library import loaded
 
 from .comparison import Variant
 from .corpus import Corpus, draw_batch, load_corpus
@@ -78,7 +79,7 @@ def check_device(options: Options) -> torch.device:
             raise TrainingError(
                 f"--device {options.device}: there are {torch.cuda.device_count()} CUDA devices"
             )
-        if not torch_ext.build_info()["cuda"]:
+        if loaded.build_info["cuda_version"] is None:
             raise TrainingError("--device cuda: this torch_ext was built without CUDA kernels")
     return device
 
@@ -112,7 +113,7 @@ class Trainer:
         self.model = build_model(options, corpus.tokenizer.vocabulary).to(device)
         self.compiled: nn.Module = self.model
         if options.compile:
-            self.compiled = torch.compile(self.model)  # type: ignore[assignment]
+            self.compiled = torch.compile(self.model)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=options.learning_rate, betas=(0.9, 0.95), fused=True
         )
