@@ -81,6 +81,9 @@ struct AttentionBackwardParams {
   ConstStridedView grad_out{};           // any strides, 0 too
   const void* logsumexp = nullptr;       // as written by the forward pass
   const void* grad_logsumexp = nullptr;  // the same layout and type, or null
+  /// grad_query, grad_key and grad_value are float instead of bfloat16 or float16: the caller has
+  /// yet to sum them over what was broadcast.
+  bool unrounded_grads = false;
   // Written whole, never read; data == nullptr: not wanted.
   StridedView grad_query{};
   StridedView grad_key{};
@@ -93,5 +96,11 @@ struct AttentionBackwardParams {
   AttentionMasking masking{};
   AttentionDropout dropout{};
 };
+
+/// The element type of grad_query, grad_key and grad_value.
+constexpr TORCH_EXT_ALWAYS_INLINE ScalarType gradient_type(const AttentionBackwardParams& params) {
+  return params.unrounded_grads && params.dtype != ScalarType::kFloat64 ? ScalarType::kFloat32
+                                                                        : params.dtype;
+}
 
 }  // namespace torch_ext

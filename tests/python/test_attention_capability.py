@@ -21,6 +21,7 @@ CASES = [
     AttentionCase((1, 2, 33, 16), (1, 2, 90, 16), mask=(1, 2, 33, 1)),
     AttentionCase((1, 1, 5, 256), (1, 1, 300, 256)),
     AttentionCase((3, 1), (5, 1), scale=-2.0),
+    AttentionCase((1, 4, 33, 16), (3, 4, 35, 16)),
 ]
 
 

@@ -432,7 +432,7 @@ struct BackwardKernel {
       const std::int64_t offset = base + (first + key) * row_stride;
       unpack_lanes<T>(
           panel + key, plan.key_tile, count - key, columns, broadcast(factor), view.data,
-          params.dtype, view.col_stride,
+          gradient_type(params), view.col_stride,
           [offset, row_stride](std::int64_t lane) { return offset + lane * row_stride; });
     }
   }
@@ -493,9 +493,10 @@ struct BackwardKernel {
     const std::int64_t head = pair % shape.kv_heads * group() + row / shape.q_len;
     const std::int64_t offset =
         slice_offset(view, shape.batch_sizes, batch, head) + row % shape.q_len * view.row_stride;
+    const ScalarType type = gradient_type(params);
     for (std::int64_t d = 0; d < shape.head_dim; d += kLanes) {
-      store_elements<T>(element_at(view.data, params.dtype, offset + d * view.col_stride),
-                        params.dtype, view.col_stride, shape.head_dim - d,
+      store_elements<T>(element_at(view.data, type, offset + d * view.col_stride), type,
+                        view.col_stride, shape.head_dim - d,
                         sum(d) * static_cast<T>(params.scale));
     }
   }

@@ -27,6 +27,11 @@ double scalar(const ConstOperand& operand, double otherwise) {
   return operand.data == nullptr ? otherwise : load_element(operand.data, 0, operand.type);
 }
 
+/// sqrt(a^2 + b^2): no square overflows or vanishes. NaN wins over infinity.
+double hypotenuse(double a, double b) {
+  return std::isnan(a) || std::isnan(b) ? a + b : std::hypot(a, b);
+}
+
 struct Element {
   Operand operand;
   std::int64_t offset;
@@ -51,31 +56,21 @@ void accumulate_reference(const AccumulateParams& params) {
 }
 
 void grad_stats_reference(const GradStatsParams& params) {
-  double largest = 0.0;  // everything is measured in units of it: no square overflows
+  double total = 0.0;  // norm of all so far
   bool finite = true;
   for (std::int64_t i = 0; i < params.num_entries; ++i) {
     const GradStatsEntry& entry = params.entries[i];
+    double norm = 0.0;
     for (std::int64_t index = 0; index < entry.count; ++index) {
       const double x =
           load_element(entry.grad.data, offset_of(entry.loop, index, 0), entry.grad.type);
-      if (!std::isfinite(x)) finite = false;
-      if (std::isfinite(x)) largest = std::fmax(largest, std::fabs(x));
+      finite = finite && std::isfinite(x);
+      norm = hypotenuse(norm, x);
     }
+    total = hypotenuse(total, norm);
+    store_element(params.norms, i, params.norm_type, norm);
   }
-  if (largest == 0.0) largest = 1.0;
-  double total = 0.0;
-  for (std::int64_t i = 0; i < params.num_entries; ++i) {
-    const GradStatsEntry& entry = params.entries[i];
-    double sum = 0.0;
-    for (std::int64_t index = 0; index < entry.count; ++index) {
-      const double x =
-          load_element(entry.grad.data, offset_of(entry.loop, index, 0), entry.grad.type) / largest;
-      sum += x * x;
-    }
-    total += sum;
-    store_element(params.norms, i, params.norm_type, std::sqrt(sum) * largest);
-  }
-  store_element(params.norm, 0, params.norm_type, std::sqrt(total) * largest);
+  store_element(params.norm, 0, params.norm_type, total);
   *params.found_inf = finite ? 0.0f : 1.0f;
 }
 

@@ -306,10 +306,10 @@ void attention_backward_reference(const AttentionBackwardParams& params) {
           if (grad_mask.wanted()) grad_mask.add(batch, head, i, j, grad_score);
         }
       }
-      grad_query.store(params.grad_query, params.dtype, shape, batch, head);
+      grad_query.store(params.grad_query, gradient_type(params), shape, batch, head);
     }
-    grad_key.store(params.grad_key, params.dtype, shape, batch, kv_head);
-    grad_value.store(params.grad_value, params.dtype, shape, batch, kv_head);
+    grad_key.store(params.grad_key, gradient_type(params), shape, batch, kv_head);
+    grad_value.store(params.grad_value, gradient_type(params), shape, batch, kv_head);
   }
   if (grad_mask.wanted()) grad_mask.store();
 }

@@ -39,24 +39,25 @@ void run_attention_backward_cpu(const AttentionArguments& arguments, std::int64_
   if (gradients.grad_logsumexp != nullptr) {
     grad_logsumexp = gradients.grad_logsumexp->expect_contiguous();
   }
-  const AttentionBackwardParams params{.dtype = kernel_scalar_type(arguments.query.scalar_type()),
-                                       .shape = attention_shape(geometry),
-                                       .query = strided_view(arguments.query),
-                                       .key = strided_view(arguments.key),
-                                       .value = strided_view(arguments.value),
-                                       .out = strided_view(gradients.out),
-                                       .grad_out = strided_view(gradients.grad_out),
-                                       .logsumexp = logsumexp->const_data_ptr(),
-                                       .grad_logsumexp = gradients.grad_logsumexp == nullptr
-                                                             ? nullptr
-                                                             : grad_logsumexp->const_data_ptr(),
-                                       .grad_query = wanted_view(outputs.query),
-                                       .grad_key = wanted_view(outputs.key),
-                                       .grad_value = wanted_view(outputs.value),
-                                       .grad_mask = wanted_view(outputs.mask),
-                                       .scale = attention_scale(arguments, geometry.head_dim),
-                                       .masking = attention_masking(arguments, causal_offset),
-                                       .dropout = attention_dropout(arguments)};
+  const AttentionBackwardParams params{
+      .dtype = kernel_scalar_type(arguments.query.scalar_type()),
+      .shape = attention_shape(geometry),
+      .query = strided_view(arguments.query),
+      .key = strided_view(arguments.key),
+      .value = strided_view(arguments.value),
+      .out = strided_view(gradients.out),
+      .grad_out = strided_view(gradients.grad_out),
+      .logsumexp = logsumexp->const_data_ptr(),
+      .grad_logsumexp =
+          gradients.grad_logsumexp == nullptr ? nullptr : grad_logsumexp->const_data_ptr(),
+      .unrounded_grads = outputs.unrounded(arguments.query.scalar_type()),
+      .grad_query = wanted_view(outputs.query),
+      .grad_key = wanted_view(outputs.key),
+      .grad_value = wanted_view(outputs.value),
+      .grad_mask = wanted_view(outputs.mask),
+      .scale = attention_scale(arguments, geometry.head_dim),
+      .masking = attention_masking(arguments, causal_offset),
+      .dropout = attention_dropout(arguments)};
   const KernelTable& table = kernel_table();
   const AtenTaskRunner runner(2 * attention_workers(geometry));
   const std::size_t bytes = table.attention_backward_workspace(params, runner.num_workers());

@@ -28,14 +28,15 @@ at::Tensor empty_of(c10::ArrayRef<c10::SymInt> sizes, const at::TensorOptions& o
 }
 
 template <typename Int, typename Sizes>
-at::Tensor gradient_output(const at::Tensor& input, const Sizes& sizes) {
-  if (same_sizes<Int>(sizes_of<Int>(input), sizes)) return at::empty_like(input);
-  return empty_of(c10::ArrayRef<Int>(sizes), input.options());
+at::Tensor gradient_output(const at::Tensor& input, const Sizes& sizes, at::ScalarType type) {
+  const at::TensorOptions options = input.options().dtype(type);
+  if (same_sizes<Int>(sizes_of<Int>(input), sizes)) return at::empty_like(input, options);
+  return empty_of(c10::ArrayRef<Int>(sizes), options);
 }
 
 at::Tensor reduced(const at::Tensor& grad, const at::Tensor& input) {
   if (!grad.defined()) return grad;
-  return at::sum_to(grad, input.sym_sizes());
+  return at::sum_to(grad, input.sym_sizes()).to(input.scalar_type());
 }
 
 }  // namespace
@@ -44,12 +45,18 @@ template <typename Int>
 AttentionGradientOutputs attention_gradient_outputs(const AttentionArguments& arguments,
                                                     std::array<bool, 4> output_mask,
                                                     const AttentionGeometry<Int>& geometry) {
+  const at::Tensor& query = arguments.query;
+  const at::Tensor& key = arguments.key;
+  const at::Tensor& value = arguments.value;
+  // What is summed over a broadcast is rounded once, after that.
+  const bool all_same = same_sizes<Int>(sizes_of<Int>(query), geometry.query_sizes()) &&
+                        same_sizes<Int>(sizes_of<Int>(key), geometry.key_sizes()) &&
+                        same_sizes<Int>(sizes_of<Int>(value), geometry.value_sizes());
+  const at::ScalarType type = all_same ? query.scalar_type() : accumulate_type(query.scalar_type());
   AttentionGradientOutputs outputs;
-  if (output_mask[0]) {
-    outputs.query = gradient_output<Int>(arguments.query, geometry.query_sizes());
-  }
-  if (output_mask[1]) outputs.key = gradient_output<Int>(arguments.key, geometry.key_sizes());
-  if (output_mask[2]) outputs.value = gradient_output<Int>(arguments.value, geometry.value_sizes());
+  if (output_mask[0]) outputs.query = gradient_output<Int>(query, geometry.query_sizes(), type);
+  if (output_mask[1]) outputs.key = gradient_output<Int>(key, geometry.key_sizes(), type);
+  if (output_mask[2]) outputs.value = gradient_output<Int>(value, geometry.value_sizes(), type);
   if (output_mask[3]) {
     const at::Tensor& mask = *arguments.attn_mask;
     outputs.mask =

@@ -8,12 +8,21 @@
 namespace torch_ext {
 
 /// Where the kernels write the gradients. Undefined: not wanted. All have the shapes that the
-/// inputs broadcast to, but `mask`, which has the mask's own shape and the accumulating type.
+/// inputs broadcast to, and the accumulating type where one of the three is to be summed over that;
+/// but `mask`, which has the mask's own shape and always the accumulating type.
 struct AttentionGradientOutputs {
   at::Tensor query;
   at::Tensor key;
   at::Tensor value;
   at::Tensor mask;
+
+  /// The gradients of query, key and value are of the accumulating type, not of `type`.
+  bool unrounded(at::ScalarType type) const {
+    for (const at::Tensor* grad : {&query, &key, &value}) {
+      if (grad->defined()) return grad->scalar_type() != type;
+    }
+    return false;
+  }
 };
 
 /// Memory order of the inputs, so that views of a packed or transposed projection get their
