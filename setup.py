@@ -85,7 +85,7 @@ def _extensions() -> list[Extension]:
         system = [folder for folder in extension.include_dirs if folder not in ours]
         extension.include_dirs = [folder for folder in extension.include_dirs if folder in ours]
         extension.extra_compile_args["cxx"] = [
-            *(f"-isystem{folder}" for folder in system),
+            *(word for folder in system for word in ("-isystem", folder)),
             *extension.extra_compile_args["cxx"],
         ]
     return [operators, module]

@@ -58,7 +58,7 @@ def processor_name(device: torch.device) -> str:
 def describe(device: torch.device, with_peaks: bool) -> Environment:
     """The environment of this process as it is now."""
     threads = torch.get_num_threads()
-    capability = torch_ext.cpu_capability() if device.type == "cpu" else "cuda"
+    capability = torch_ext._C.cpu_capability() if device.type == "cpu" else "cuda"
     peaks = measure_peaks(threads, capability) if with_peaks and device.type == "cpu" else None
     return Environment(
         processor=processor_name(device),

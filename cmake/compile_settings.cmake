@@ -8,6 +8,9 @@ set(CMAKE_CXX_FLAGS_RELEASE "")
 if(NOT CMAKE_BUILD_TYPE AND NOT CMAKE_CONFIGURATION_TYPES)
   set(CMAKE_BUILD_TYPE Release)
 endif()
+# Word for word what torch's own builds pass, or ccache takes them for other objects. Headers of the
+# system are left out, and torch's among them: torch_ext_compile_settings names one that tells.
+set(CMAKE_DEPFILE_FLAGS_CXX "-MMD -MF <DEP_FILE>")
 # Here, and not by CMake's properties, for the order.
 string(PREPEND CMAKE_CXX_FLAGS "-fPIC -std=c++20 ")
 
@@ -22,4 +25,9 @@ function(torch_ext_compile_settings target)
   endforeach()
   target_compile_options(${target} PRIVATE
     "$<$<COMPILE_LANGUAGE:CXX>:${TORCH_EXT_COMPILE_FLAGS}>")
+  if(TORCH_EXT_TORCH_ROOT)  # another torch in the same place
+    get_target_property(sources ${target} SOURCES)
+    set_source_files_properties(${sources} PROPERTIES OBJECT_DEPENDS
+      ${TORCH_EXT_TORCH_ROOT}/include/torch/csrc/api/include/torch/version.h)
+  endif()
 endfunction()

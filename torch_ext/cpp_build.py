@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import importlib
 import importlib.util
 import json
+import logging
 import os
 import re
 import subprocess
@@ -56,6 +58,17 @@ def _lines(file: Path) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
+def _cpp_extension() -> ModuleType:
+    """torch.utils.cpp_extension, without its warning that nvcc is there and no GPU: none is needed."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        return importlib.import_module("torch.utils.cpp_extension")
+    finally:
+        logger.setLevel(level)
+
+
 @dataclass(frozen=True)
 class CudaChoice:
     """Whether the CUDA sources are compiled, why or why not, and for which architectures."""
@@ -100,19 +113,18 @@ def choose_cuda(csrc: Path) -> CudaChoice:
         return missing("this version has no CUDA sources")
     if torch.version.cuda is None:
         return missing(f"torch {torch.__version__} is built without CUDA")
-    from torch.utils.cpp_extension import CUDA_HOME
-
-    nvcc = _nvcc_release(CUDA_HOME) if CUDA_HOME else None
+    cuda_home = _cpp_extension().CUDA_HOME
+    nvcc = _nvcc_release(cuda_home) if cuda_home else None
     if nvcc is None:
         return missing("no nvcc was found: put it on PATH or set CUDA_HOME")
     if nvcc.split(".")[0] != torch.version.cuda.split(".")[0]:
         return missing(
-            f"nvcc {nvcc} in {CUDA_HOME} cannot compile for a torch built with CUDA "
+            f"nvcc {nvcc} in {cuda_home} cannot compile for a torch built with CUDA "
             f"{torch.version.cuda}: the major versions differ"
         )
     default = CUDA_ARCHITECTURES if _numbers(nvcc) >= (12, 8, 0) else CUDA_ARCHITECTURES_BEFORE_12_8
     architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or default
-    return CudaChoice(True, f"nvcc {nvcc} in {CUDA_HOME}", architectures)
+    return CudaChoice(True, f"nvcc {nvcc} in {cuda_home}", architectures)
 
 
 @dataclass(frozen=True)
@@ -199,9 +211,7 @@ def _digest(plan: BuildPlan) -> str:
 
 
 def _build_folder(plan: BuildPlan) -> Path:
-    from torch.utils.cpp_extension import get_default_build_root
-
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or _cpp_extension().get_default_build_root()
     # The checkout too is part of the name: two of them do not rebuild each other's.
     key = "|".join(
         [
@@ -235,9 +245,8 @@ def _import_from(path: Path) -> ModuleType:
 
 
 def _compile(plan: BuildPlan, folder: Path, say: Callable[[str], None]) -> ModuleType:
-    from torch.utils.cpp_extension import is_ninja_available, load
-
-    if not is_ninja_available():
+    cpp_extension = _cpp_extension()
+    if not cpp_extension.is_ninja_available():
         raise BuildError("torch_ext: compiling it takes ninja: pip install ninja")
     limit_jobs()
     if plan.cuda.on:
@@ -247,7 +256,7 @@ def _compile(plan: BuildPlan, folder: Path, say: Callable[[str], None]) -> Modul
     )
     start = time.monotonic()
     torch_numbers = _numbers(torch.__version__)[:2]
-    module = load(
+    module = cpp_extension.load(
         name=MODULE,
         sources=[str(source) for source in [*plan.sources, plan.module_source]],
         extra_include_paths=[str(folder) for folder in plan.include_dirs],
