@@ -43,7 +43,8 @@ def pip_install(folder: Path) -> InstalledPackage:
     environment = build_environment(checkout)
     install = [python, "-m", "pip", "install", "--no-build-isolation", "--no-index", "--verbose"]
     done = run_command([*install, "."], checkout, environment)
-    return InstalledPackage(python, site_packages / "torch_ext", environment, done.stdout)
+    output = done.stdout + done.stderr
+    return InstalledPackage(python, site_packages / "torch_ext", environment, output)
 
 
 @dataclass(frozen=True)
