@@ -25,14 +25,16 @@ inline std::string kernel_test_name(const ::testing::TestParamInfo<KernelUnderTe
   return info.param.name;
 }
 
-class AttentionKernelTest : public ::testing::TestWithParam<KernelUnderTest> {
+class KernelTest : public ::testing::TestWithParam<KernelUnderTest> {
  protected:
   const KernelTable& kernel() const { return *GetParam().table; }
 };
 
+using AttentionKernelTest = KernelTest;
+
 }  // namespace torch_ext::testing
 
-/// Runs the TEST_P of `suite`, an AttentionKernelTest, on every kernel: "EachIsa/suite.test/avx2".
+/// Runs the TEST_P of `suite`, a KernelTest, on every kernel: "EachIsa/suite.test/avx2".
 #define TORCH_EXT_TEST_EACH_ISA(suite)                                                      \
   INSTANTIATE_TEST_SUITE_P(EachIsa, suite,                                                  \
                            ::testing::ValuesIn(::torch_ext::testing::kernels_under_test()), \

@@ -302,12 +302,14 @@ static void run_weight_gradient(const WeightGradientParams& params, const TaskRu
   std::int64_t task_rows = Tile::kTaskRows;
   std::int64_t task_cols = Tile::kTaskCols;
   const auto num_tasks = [&] {
-    return ceil_div(params.out_features, task_rows) * ceil_div(params.in_features, task_cols);
+    // Without in_features there is still a bias to sum.
+    return ceil_div(params.out_features, task_rows) *
+           max_of(1, ceil_div(params.in_features, task_cols));
   };
   const bool is_small = params.tokens * params.out_features * params.in_features < 1 << 18;
   while (!is_small && num_tasks() < 4 * workers && task_cols > 4 * Tile::kCols) task_cols /= 2;
   while (!is_small && num_tasks() < 2 * workers && task_rows > 4 * Tile::kRows) task_rows /= 2;
-  const std::int64_t col_tasks = ceil_div(params.in_features, task_cols);
+  const std::int64_t col_tasks = max_of(1, ceil_div(params.in_features, task_cols));
   run_tasks(runner, is_small ? 1 : num_tasks(), [&](int worker, std::int64_t task) {
     const auto panels =
         WeightWorkspace<Policy>::at(workspace + worker * WeightWorkspace<Policy>::kBytes);
