@@ -5,7 +5,12 @@ cd "$(dirname "$0")/.."
 # A cache entry serves every checkout, and the packaging tests' copies of this one.
 export CCACHE_BASEDIR=${CCACHE_BASEDIR:-$PWD}
 
-step() { printf '\n== %s\n' "$*"; }
+step() {
+  current=$*
+  printf '\n== %s\n' "$current"
+}
+current=start
+trap 'echo "torch_ext: FAILED in: $current" >&2' ERR
 
 step "build: the library, its Python module and the LibTorch tests"
 googletest=$(scripts/googletest_prefix.sh "$BUILD/googletest")
