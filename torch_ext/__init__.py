@@ -13,9 +13,11 @@ from torch_ext.attention import (
     scaled_dot_product_attention,
     self_attention,
 )
+from torch_ext.gradient_accumulation import GradientAccumulator
 from torch_ext.sdpa_override import disable, enable, enabled, is_enabled
 
 __all__ = [
+    "GradientAccumulator",
     "__version__",
     "attention_forward",
     "cmake_prefix_path",

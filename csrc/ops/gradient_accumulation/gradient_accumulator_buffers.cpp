@@ -1,0 +1,150 @@
+#include "gradient_accumulator_buffers.h"
+
+#include <ATen/ops/empty_like.h>
+
+#include <utility>
+
+#include "gradient_accumulator_calls.h"
+
+namespace torch_ext {
+namespace {
+
+void accumulate(const std::vector<at::Tensor>& sums, const std::vector<at::Tensor>& grads,
+                double beta) {
+  if (sums.empty()) return;
+  call_operator<GradAccumulate>(sums, grads, beta, OptionalTensor());
+}
+
+}  // namespace
+
+AccumulationBuffers::AccumulationBuffers(const std::vector<at::Tensor>& params,
+                                         at::ScalarType dtype) {
+  slots_.reserve(params.size());
+  for (const at::Tensor& param : params) {
+    // A sum is never narrower than float64 gradients.
+    const bool is_double = param.scalar_type() == at::kDouble;
+    slots_.push_back(Slot{.param = param, .dtype = is_double ? at::kDouble : dtype});
+  }
+}
+
+bool AccumulationBuffers::is_held_elsewhere(Slot& slot) {
+  slot.shared = slot.shared && !is_only_owner(slot.sum);
+  return slot.shared;
+}
+
+void AccumulationBuffers::allocate(Slot& slot) {
+  slot.sum = at::empty_like(slot.param, slot.param.options().dtype(slot.dtype));
+  slot.adopted = false;
+  slot.shared = false;
+}
+
+AccumulationBuffers::Destination AccumulationBuffers::claim(std::size_t index) {
+  Slot& slot = slots_[index];
+  if (!slot.written) {
+    if (!slot.sum.defined() || is_held_elsewhere(slot)) allocate(slot);
+    slot.written = true;
+    return {slot.sum, 0.0};
+  }
+  if (is_held_elsewhere(slot)) {
+    slot.sum = slot.sum.clone();
+    slot.shared = false;
+  }
+  slot.added_to = true;
+  return {slot.sum, 1.0};
+}
+
+void AccumulationBuffers::add(const std::vector<std::size_t>& indices,
+                              std::vector<at::Tensor> grads) {
+  std::vector<at::Tensor> first_sums;
+  std::vector<at::Tensor> first_grads;
+  std::vector<at::Tensor> sums;
+  std::vector<at::Tensor> more_grads;
+  for (std::size_t k = 0; k < indices.size(); ++k) {
+    Slot& slot = slots_[indices[k]];
+    at::Tensor& grad = grads[k];
+    if (!slot.written && grad.scalar_type() == slot.dtype && !grad.requires_grad() &&
+        !grad.is_inference() && is_only_owner(grad) && grad.is_non_overlapping_and_dense()) {
+      slot.sum = std::move(grad);
+      slot.written = true;
+      slot.adopted = true;
+      slot.shared = false;
+      continue;
+    }
+    const Destination destination = claim(indices[k]);
+    const bool is_first = destination.beta == 0.0;
+    (is_first ? first_sums : sums).push_back(destination.sum);
+    (is_first ? first_grads : more_grads).push_back(std::move(grad));
+  }
+  accumulate(first_sums, first_grads, 0.0);
+  accumulate(sums, more_grads, 1.0);
+}
+
+void AccumulationBuffers::begin() {
+  for (Slot& slot : slots_) {
+    slot.written_before = slot.written;
+    slot.added_to = false;
+  }
+}
+
+bool AccumulationBuffers::undo() {
+  bool intact = true;
+  for (Slot& slot : slots_) {
+    if (slot.written_before) {
+      intact = intact && !slot.added_to;
+    } else {
+      slot.written = false;
+    }
+  }
+  return intact;
+}
+
+void AccumulationBuffers::reset() {
+  for (Slot& slot : slots_) {
+    slot.written = false;
+    slot.written_before = false;
+    slot.added_to = false;
+    if (slot.adopted) {
+      slot.sum = at::Tensor();
+      slot.adopted = false;
+      slot.shared = false;
+    }
+  }
+}
+
+std::vector<std::size_t> AccumulationBuffers::written() const {
+  std::vector<std::size_t> indices;
+  indices.reserve(slots_.size());
+  for (std::size_t i = 0; i < slots_.size(); ++i) {
+    if (slots_[i].written) indices.push_back(i);
+  }
+  return indices;
+}
+
+std::vector<at::Tensor> AccumulationBuffers::sums(const std::vector<std::size_t>& indices) const {
+  std::vector<at::Tensor> result;
+  result.reserve(indices.size());
+  for (const std::size_t index : indices) result.push_back(slots_[index].sum);
+  return result;
+}
+
+std::vector<at::Tensor> AccumulationBuffers::take(const std::vector<std::size_t>& indices) {
+  std::vector<at::Tensor> result;
+  result.reserve(indices.size());
+  for (const std::size_t index : indices) {
+    result.push_back(std::move(slots_[index].sum));
+    slots_[index].sum = at::Tensor();
+    slots_[index].written = false;
+  }
+  return result;
+}
+
+at::Tensor AccumulationBuffers::share(std::size_t index) {
+  slots_[index].shared = true;
+  return slots_[index].sum;
+}
+
+void AccumulationBuffers::restore(std::size_t index, const at::Tensor& sum) {
+  claim(index).sum.copy_(sum);
+}
+
+}  // namespace torch_ext

@@ -1,0 +1,71 @@
+// The sums of one accumulation window, one for each parameter. Nothing is ever zeroed: the first
+// gradient of a window is written over whatever a sum held, or taken as it is.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstddef>
+#include <vector>
+
+namespace torch_ext {
+
+/// Whether nobody else holds the tensor or its memory.
+inline bool is_only_owner(const at::Tensor& tensor) {
+  return tensor.use_count() == 1 && tensor.storage().use_count() == 1;
+}
+
+class AccumulationBuffers {
+ public:
+  AccumulationBuffers(const std::vector<at::Tensor>& params, at::ScalarType dtype);
+
+  /// Where a gradient is to be added: sum = beta * sum + gradient, beta being 0 the first time.
+  struct Destination {
+    at::Tensor sum;
+    double beta;
+  };
+  Destination claim(std::size_t index);
+
+  /// Adds gradients, each of its parameter's sizes. They are consumed: one that nobody else holds
+  /// may become the sum itself.
+  void add(const std::vector<std::size_t>& indices, std::vector<at::Tensor> grads);
+
+  /// Starts a part that undo() can take back.
+  void begin();
+  /// Whether what begin() found is still there, untouched; what came since is forgotten.
+  [[nodiscard]] bool undo();
+
+  /// Forgets all sums; memory that the next window will write again is kept.
+  void reset();
+
+  bool is_written(std::size_t index) const { return slots_[index].written; }
+  const at::Tensor& sum(std::size_t index) const { return slots_[index].sum; }
+  at::ScalarType dtype(std::size_t index) const { return slots_[index].dtype; }
+  std::vector<std::size_t> written() const;
+  std::vector<at::Tensor> sums(const std::vector<std::size_t>& indices) const;
+  /// The sums themselves: their parameters have none afterwards.
+  std::vector<at::Tensor> take(const std::vector<std::size_t>& indices);
+
+  /// A sum that the caller keeps: it is copied before it is next written, if it is still held then.
+  at::Tensor share(std::size_t index);
+  /// Copies `sum` in, whatever its dtype and device.
+  void restore(std::size_t index, const at::Tensor& sum);
+
+ private:
+  struct Slot {
+    at::Tensor param;  // for its sizes, strides and device
+    at::ScalarType dtype;
+    at::Tensor sum{};
+    bool written = false;
+    bool written_before = false;  // when begin() was called
+    bool added_to = false;        // since begin(), though written before
+    bool adopted = false;         // the sum was a gradient: the next window will bring its own
+    bool shared = false;
+  };
+
+  static bool is_held_elsewhere(Slot& slot);
+  static void allocate(Slot& slot);
+
+  std::vector<Slot> slots_;
+};
+
+}  // namespace torch_ext

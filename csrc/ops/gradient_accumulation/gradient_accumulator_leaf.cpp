@@ -1,0 +1,34 @@
+#include "gradient_accumulator_leaf.h"
+
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/autograd/variable.h>
+
+namespace torch_ext {
+namespace {
+
+/// Whether the running backward pass adds to this leaf's .grad: all do but those that name their
+/// inputs.
+bool accumulates_into(torch::autograd::Node* node) {
+  const auto* const info = torch::autograd::get_current_graph_task_exec_info();
+  if (info == nullptr || info->empty()) return true;
+  const auto entry = info->find(node);
+  return entry != info->end() && entry->second.needed_ && entry->second.captures_ == nullptr;
+}
+
+}  // namespace
+
+bool may_bypass_autograd(const at::Tensor& param, bool ignore_node_hooks) {
+  if (at::GradMode::is_enabled()) return false;  // create_graph=True
+  if (!torch::autograd::impl::hooks(param).empty()) return false;
+  if (torch::autograd::impl::post_acc_grad_hooks(param) != nullptr) return false;
+  const auto node = torch::autograd::impl::grad_accumulator(param);
+  if (node == nullptr) return false;
+  const bool has_hooks = !node->pre_hooks().empty() || !node->post_hooks().empty() ||
+                         !node->tensor_pre_hooks().empty();
+  if (has_hooks && !ignore_node_hooks) return false;
+  return accumulates_into(node.get());
+}
+
+}  // namespace torch_ext

@@ -1,0 +1,140 @@
+"""Linear and embedding layers whose backward adds to an accumulator's sums, in a micro-batch only.
+
+While armed, a layer has a ``forward`` of its own that shadows its class's. The backward pass of
+that forward adds the weight's gradient to its sum in one matrix product, with beta = 1: the
+gradient itself is never written. Where somebody would miss the gradient (hooks, ``torch.autograd.grad``,
+``create_graph=True``) the backward hands it to autograd as ever; what is no plain eager call with
+gradients (compilation, transforms, tensor subclasses) is left to the layer's class altogether.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+
+__all__ = ["AccumulatingLayers"]
+
+_PLAIN_TENSORS = (Tensor, nn.Parameter)
+
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+_transform = torch._C._functorch.peek_interpreter_stack
+_num_function_modes = torch._C._len_torch_function_stack
+
+
+def _is_plain_call(input: Tensor) -> bool:
+    """Whether nothing but autograd and autocast stands between a call and its kernel."""
+    if _is_compiling() or not _is_grad_enabled() or type(input) not in _PLAIN_TENSORS:
+        return False
+    if _transform() is not None:
+        return False
+    if _num_function_modes() == 0:
+        return True
+    # torch.set_default_device() is a mode as well, and minds nothing but factories.
+    return all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
+
+
+def _linear_forward(
+    module: nn.Linear, linear: Callable[..., Tensor], index_of: dict[int, int]
+) -> Callable[[Tensor], Tensor]:
+    parameters = module._parameters
+
+    def forward(input: Tensor) -> Tensor:
+        weight = parameters.get("weight")
+        index = index_of.get(id(weight), -1)
+        if index < 0 or weight is None or not weight.requires_grad or not _is_plain_call(input):
+            return F.linear(input, module.weight, module.bias)
+        bias = parameters.get("bias")
+        if bias is None and module.bias is not None:
+            return F.linear(input, module.weight, module.bias)
+        return linear(input, weight, bias, index, index_of.get(id(bias), -1))
+
+    return forward
+
+
+def _embedding_forward(
+    module: nn.Embedding, embedding: Callable[..., Tensor], index_of: dict[int, int]
+) -> Callable[[Tensor], Tensor]:
+    parameters = module._parameters
+
+    def forward(input: Tensor) -> Tensor:
+        weight = parameters.get("weight")
+        index = index_of.get(id(weight), -1)
+        if (
+            index < 0
+            or weight is None
+            or not weight.requires_grad
+            or module.sparse
+            or module.max_norm is not None
+            or not _is_plain_call(input)
+        ):
+            return type(module).forward(module, input)
+        padding_idx = -1 if module.padding_idx is None else module.padding_idx
+        return embedding(input, weight, padding_idx, module.scale_grad_by_freq, index)
+
+    return forward
+
+
+def _eager_modules(module: nn.Module, seen: set[int]) -> Iterator[nn.Module]:
+    """All but what torch.compile runs: there Inductor fuses, and an armed forward would retrace."""
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
+        return
+    yield module
+    for child in module.children():
+        yield from _eager_modules(child, seen)
+
+
+def _has_kernel(operator: str, device: torch.device) -> bool:
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type)
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"torch_ext::{operator}", key
+    )
+
+
+class AccumulatingLayers:
+    """The layers of a model that can add to a core's sums themselves.
+
+    Args:
+        model: the model as it is called.
+        core: the sums.
+        index_of: place in the core of each parameter, by ``id``.
+        device: of the parameters.
+    """
+
+    def __init__(
+        self, model: nn.Module, core: Any, index_of: dict[int, int], device: torch.device
+    ) -> None:
+        self._forwards: list[tuple[dict[str, Any], Callable[[Tensor], Tensor]]] = []
+        linear = core.linear if _has_kernel("linear_wgrad_", device) else None
+        embedding = core.embedding if _has_kernel("embedding_wgrad_", device) else None
+        for module in _eager_modules(model, set()):
+            forward = type(module).forward
+            if forward is nn.Linear.forward and linear is not None:
+                armed = _linear_forward(module, linear, index_of)
+            elif forward is nn.Embedding.forward and embedding is not None:
+                armed = _embedding_forward(module, embedding, index_of)
+            else:
+                continue
+            self._forwards.append((module.__dict__, armed))
+
+    def __len__(self) -> int:
+        return len(self._forwards)
+
+    def arm(self) -> None:
+        for attributes, forward in self._forwards:
+            # Somebody else's forward (a hook library's) stays.
+            attributes.setdefault("forward", forward)
+
+    def disarm(self) -> None:
+        for attributes, forward in self._forwards:
+            if attributes.get("forward") is forward:
+                del attributes["forward"]
