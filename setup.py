@@ -54,6 +54,21 @@ def _relative(paths: list[Path]) -> list[str]:
     return [str(path.relative_to(ROOT)) for path in paths]
 
 
+def _library_folders() -> list[str]:
+    """Where a C++ program finds torch, and CUDA's libraries as torch brings them: side by side in
+    one site-packages."""
+    folders = ["$ORIGIN/../../torch/lib"]
+    if PLAN.cuda.on:
+        packages = Path(torch.__file__).parent.parent
+        libraries = [
+            *packages.glob("nvidia/*/lib/libcudart.so.*"),
+            *packages.glob("nvidia/*/lib/libcublasLt.so.*"),
+        ]
+        found = sorted({str(file.parent.relative_to(packages)) for file in libraries})
+        folders += [f"$ORIGIN/../../{folder}" for folder in found]
+    return folders
+
+
 def _extensions() -> list[Extension]:
     library = CUDAExtension if PLAN.cuda.on else CppExtension
     operators = library(
@@ -61,14 +76,14 @@ def _extensions() -> list[Extension]:
         _relative(PLAN.sources),
         include_dirs=[str(folder) for folder in PLAN.include_dirs],
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": PLAN.nvcc_flags},
-        # $ORIGIN/../../torch/lib is torch where both are in one site-packages: for C++ programs.
         extra_link_args=[
             "-fopenmp",
             "-Wl,--no-undefined",
             "-Wl,-soname,libtorch_ext.so",
-            "-Wl,-rpath,$ORIGIN/../../torch/lib",
+            *(f"-Wl,-rpath,{folder}" for folder in _library_folders()),
         ],
     )
+    operators.libraries += PLAN.libraries
     # Plain C++ that a LibTorch application links, so nothing of Python in it.
     operators.libraries = [name for name in operators.libraries if name != "torch_python"]
     module = CppExtension(

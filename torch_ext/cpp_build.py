@@ -29,6 +29,7 @@ import torch
 BUILD_INFO = "build_info.json"
 MODULE = "torch_ext_C"
 OLDEST_TORCH = (2, 11)
+OLDEST_CUTLASS = (4, 2)
 NEWEST_TORCH_TESTED = (2, 15)
 # What a source file with torch's headers takes to compile.
 BYTES_PER_JOB = 1.6e9
@@ -75,7 +76,8 @@ class CudaChoice:
 
     on: bool
     reason: str
-    architectures: str = ""
+    architectures: str = ""  # in torch's notation
+    cutlass: str = ""  # the folder of its headers
 
 
 def _nvcc_release(cuda_home: str) -> str | None:
@@ -92,11 +94,59 @@ def _nvcc_release(cuda_home: str) -> str | None:
     return found.group(1) if found else None
 
 
+def _cutlass_headers() -> str:
+    """The folder that holds ``cute/`` and ``cutlass/``.
+
+    Raises:
+        BuildError: there is none, or it is too old.
+    """
+    package = importlib.util.find_spec("cutlass_library")
+    locations = package.submodule_search_locations if package is not None else None
+    candidates = [Path(location) / "source" / "include" for location in locations or []]
+    if os.environ.get("CUTLASS_PATH"):
+        candidates.insert(0, Path(os.environ["CUTLASS_PATH"]) / "include")
+    version = "none"
+    for folder in candidates:
+        file = folder / "cutlass" / "version.h"
+        if not file.is_file():
+            continue
+        numbers = re.findall(r"#define CUTLASS_(?:MAJOR|MINOR) (\d+)", file.read_text())
+        version = ".".join(numbers)
+        if tuple(map(int, numbers)) >= OLDEST_CUTLASS:
+            return str(folder)
+    oldest = ".".join(str(number) for number in OLDEST_CUTLASS)
+    raise BuildError(
+        f"torch_ext: the CUDA kernels take the headers of CUTLASS {oldest} or newer, got {version}. "
+        f"Either `pip install 'nvidia-cutlass>={oldest}'`, or set CUTLASS_PATH to a checkout of it, "
+        "or TORCH_EXT_CUDA=0 to build without CUDA"
+    )
+
+
+def _gencode_flags(architectures: str) -> list[str]:
+    """nvcc's flags for a list in torch's notation."""
+    flags = []
+    for architecture in architectures.replace(" ", ";").split(";"):
+        found = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", architecture)
+        if found is None or int(found.group(1)) < 8:
+            raise BuildError(
+                "torch_ext: TORCH_CUDA_ARCH_LIST takes numbers from 8.0 on, as in "
+                f"8.0;9.0a;12.0+PTX, got {architecture!r}"
+            )
+        number = found.group(1) + found.group(2)
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if found.group(3):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
 def choose_cuda(csrc: Path) -> CudaChoice:
     """On where torch has CUDA, an nvcc of the same major version is found, and there are sources.
 
     ``TORCH_EXT_CUDA=0`` turns it off and ``TORCH_EXT_CUDA=1`` makes what is missing an error. A GPU
     is not asked for: machines that build seldom have one.
+
+    Raises:
+        BuildError: ``TORCH_EXT_CUDA=1`` cannot be had, or CUTLASS, which pip could bring, is missing.
     """
     wish = os.environ.get("TORCH_EXT_CUDA", "")
     if wish not in ("", "0", "1"):
@@ -124,7 +174,7 @@ def choose_cuda(csrc: Path) -> CudaChoice:
         )
     default = CUDA_ARCHITECTURES if _numbers(nvcc) >= (12, 8, 0) else CUDA_ARCHITECTURES_BEFORE_12_8
     architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or default
-    return CudaChoice(True, f"nvcc {nvcc} in {cuda_home}", architectures)
+    return CudaChoice(True, f"nvcc {nvcc} in {cuda_home}", architectures, _cutlass_headers())
 
 
 @dataclass(frozen=True)
@@ -138,6 +188,7 @@ class BuildPlan:
     standard: list[str]
     cxx_flags: list[str]
     nvcc_flags: list[str]
+    libraries: list[str]
     cuda: CudaChoice
 
     @property
@@ -180,15 +231,22 @@ def plan_build(csrc: Path) -> BuildPlan:
     cxx_flags = _lines(csrc / "compile_flags.txt")
     # A newer torch may need a later standard than C++20, and asks for it itself.
     standard = ["-std=c++20"] if _numbers(torch.__version__)[:2] <= NEWEST_TORCH_TESTED else []
-    cuda_flags = ["-DTORCH_EXT_WITH_CUDA"] if cuda.on else []
+    nvcc_flags = []
+    if cuda.on:
+        nvcc_flags = [
+            *_lines(csrc / "nvcc_flags.txt"),
+            *_gencode_flags(cuda.architectures),
+            f"-isystem={cuda.cutlass}",
+        ]
     return BuildPlan(
         csrc=csrc,
         version=found.group(1),
         sources=[csrc / line for name in lists for line in _lines(csrc / name)],
         include_dirs=[csrc / "include", csrc],
         standard=standard,
-        cxx_flags=[*cxx_flags, *cuda_flags],
-        nvcc_flags=["-O3", "-DNDEBUG", *cuda_flags, *standard],
+        cxx_flags=cxx_flags,
+        nvcc_flags=nvcc_flags,
+        libraries=["cublasLt"] if cuda.on else [],
         cuda=cuda,
     )
 
@@ -249,8 +307,6 @@ def _compile(plan: BuildPlan, folder: Path, say: Callable[[str], None]) -> Modul
     if not cpp_extension.is_ninja_available():
         raise BuildError("torch_ext: compiling it takes ninja: pip install ninja")
     limit_jobs()
-    if plan.cuda.on:
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", plan.cuda.architectures)
     say(
         f"torch_ext: compiling {plan.describe()}, once, in a few minutes; it is kept in {folder}",
     )
@@ -263,7 +319,7 @@ def _compile(plan: BuildPlan, folder: Path, say: Callable[[str], None]) -> Modul
         # torch 2.15 has put the standard before these already.
         extra_cflags=plan.cxx_flags + (plan.standard if torch_numbers < (2, 15) else []),
         extra_cuda_cflags=plan.nvcc_flags,
-        extra_ldflags=["-fopenmp"],
+        extra_ldflags=["-fopenmp", *(f"-l{name}" for name in plan.libraries)],
         build_directory=str(folder),
         with_cuda=plan.cuda.on,
     )
