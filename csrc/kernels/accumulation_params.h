@@ -69,6 +69,8 @@ struct OptimizerSettings {
   bool reset = true;           // accumulators become 0, also where found_inf skips the step
   ConstOperand coefficient{};  // one element; none: 1
   ConstOperand found_inf{};    // one element; not 0: nothing but the reset happens
+  ConstOperand device_lr{};    // one element, for kernels whose memory the host cannot read: it
+                               // takes lr's place; none: lr
 };
 
 struct AdamEntry {
