@@ -1,0 +1,12 @@
+// SASS AttentionForwardProgram: HMMA LDGSTS LDSM
+#include "attention_forward_tile.cuh"
+#include "attention_programs.cuh"
+
+namespace torch_ext::cuda {
+
+TORCH_EXT_LAUNCH(AttentionForwardProgram<Bf16, 64, false>);
+TORCH_EXT_LAUNCH(AttentionForwardProgram<Bf16, 64, true>);
+TORCH_EXT_LAUNCH(AttentionForwardProgram<Fp16, 64, false>);
+TORCH_EXT_LAUNCH(AttentionForwardProgram<Fp16, 64, true>);
+
+}  // namespace torch_ext::cuda

@@ -1,0 +1,21 @@
+// The small kernels around the tiles.
+#include "attention_backward_keys.cuh"
+#include "attention_mask_gradient.cuh"
+#include "attention_programs.cuh"
+#include "attention_row_stats.cuh"
+#include "tile_map.cuh"
+
+namespace torch_ext::cuda {
+
+TORCH_EXT_LAUNCH(TileMapProgram);
+TORCH_EXT_LAUNCH(DropoutMaskProgram);
+TORCH_EXT_LAUNCH(AttentionRowStatsProgram<Bf16, float>);
+TORCH_EXT_LAUNCH(AttentionRowStatsProgram<Fp16, float>);
+TORCH_EXT_LAUNCH(AttentionRowStatsProgram<float, float>);
+TORCH_EXT_LAUNCH(AttentionRowStatsProgram<double, double>);
+TORCH_EXT_LAUNCH(AttentionGradQuerySumProgram<Bf16>);
+TORCH_EXT_LAUNCH(AttentionGradQuerySumProgram<Fp16>);
+TORCH_EXT_LAUNCH(AttentionMaskSumProgram<float>);
+TORCH_EXT_LAUNCH(AttentionMaskSumProgram<double>);
+
+}  // namespace torch_ext::cuda

@@ -1,0 +1,66 @@
+// How one attention call is cut into blocks on a GPU, and where its scratch memory lies. Every rule
+// depends on shapes only, so results are bitwise the same on every GPU of an architecture.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "device_attention.h"
+
+namespace torch_ext::cuda {
+
+enum class CudaPath : std::uint8_t {
+  kEmpty,       // nothing is attended to: out is 0
+  kTensorCore,  // bf16, fp16, head_dim and value_dim up to 256
+  kScalar       // fp32, fp64, wider heads
+};
+
+/// Widths that the tensor core tiles are compiled for.
+inline constexpr int kTileDims[] = {64, 128, 256};
+
+struct CudaForwardSchedule {
+  CudaPath path = CudaPath::kScalar;
+  ScalarType dtype = ScalarType::kFloat32;
+  int dim = 0;           // of kTileDims
+  bool general = false;  // masks, dropout and so on: AttentionForwardProgram's kGeneral
+  bool decode = false;   // few rows: warps share the keys
+  std::int64_t blocks = 0;
+  AttentionForwardArgs args{};  // without workspace
+  std::size_t map_offset = 0;
+  std::size_t partial_out_offset = 0;
+  std::size_t partial_stats_offset = 0;
+  std::size_t total_bytes = 0;
+
+  /// The arguments of the kernels with their places in `workspace`.
+  AttentionForwardArgs bound_args(void* workspace) const;
+};
+
+CudaForwardSchedule schedule_forward(const AttentionForwardParams& params);
+
+/// What the backward pass leaves to the caller: the order in which dQ is summed up.
+struct CudaBackwardOptions {
+  bool deterministic = false;
+  std::size_t shared_limit = 0;  // bytes that a block may have
+};
+
+struct CudaBackwardSchedule {
+  CudaPath path = CudaPath::kScalar;
+  ScalarType dtype = ScalarType::kFloat32;
+  int dim = 0;
+  bool general = false;
+  bool sums_grad_query = false;  // dQ by atomic additions in the pass over the keys
+  AttentionBackwardArgs args{};
+  std::size_t map_offset = 0;
+  std::size_t row_stats_offset = 0;
+  std::size_t grad_query_sum_offset = 0;
+  std::size_t grad_query_sum_bytes = 0;
+  std::size_t mask_partial_offset = 0;
+  std::size_t total_bytes = 0;
+
+  AttentionBackwardArgs bound_args(void* workspace) const;
+};
+
+CudaBackwardSchedule schedule_backward(const AttentionBackwardParams& params,
+                                       const CudaBackwardOptions& options);
+
+}  // namespace torch_ext::cuda
