@@ -62,6 +62,10 @@ static inline __attribute__((always_inline)) Word16 widen_words(Short16 x) {
   return __builtin_convertvector(x, Word16);
 }
 
+static inline __attribute__((always_inline)) __m256i narrow_words(Word16 x) {
+  return (__m256i)__builtin_convertvector(x, Short16);
+}
+
 static inline __attribute__((always_inline)) Float16 widen_fp16(__m256i bits) {
   struct Halves {
     __m256 half[2];
@@ -119,6 +123,9 @@ static __attribute__((noinline)) Vector shuffle(Vector a, Vector b, Mask mask) {
 #undef _mm512_cvtepu16_epi32
 #define _mm512_cvtepu16_epi32(x) \
   ((__m512i)::torch_ext::emulation::widen_words((::torch_ext::emulation::Short16)(x)))
+#undef _mm512_cvtepi32_epi16
+#define _mm512_cvtepi32_epi16(x) \
+  ::torch_ext::emulation::narrow_words((::torch_ext::emulation::Word16)(x))
 #undef _mm512_cvtph_ps
 #define _mm512_cvtph_ps(bits) ((__m512)::torch_ext::emulation::widen_fp16(bits))
 #undef _mm512_cvtps_ph

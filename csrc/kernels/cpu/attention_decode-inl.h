@@ -23,6 +23,25 @@ struct DecodeKernel {
   static constexpr int kKeysPerStep = 8;
 
   const Base& base;
+  const bool far = lies_beyond_caches(base.params.shape);
+
+  /// Keys and values that a core's own caches do not hold from one call to the next.
+  static bool lies_beyond_caches(const AttentionShape& shape) {
+    constexpr std::int64_t kCacheBytes = std::int64_t{4} << 20;
+    return shape.batch() * shape.kv_heads * shape.kv_len * (shape.head_dim + shape.value_dim) *
+               kElement >
+           kCacheBytes;
+  }
+
+  /// Asks for one row of the next block while its twin of this block is computed: sixteen short rows
+  /// abreast are more streams than the hardware follows (measured 25 of 36 GB/s in bf16). Rows of
+  /// fp32 are long enough, and what lies in a cache already only costs the instructions.
+  TORCH_EXT_INLINE void prefetch_row(const char* row, std::int64_t columns, bool far) {
+    if (kElement == 4 || !far) return;
+    for (std::int64_t byte = 0; byte < columns * kElement; byte += 64) {
+      __builtin_prefetch(row + byte, 0, 3);
+    }
+  }
 
   /// scores[row][key] = query(row) . key for the block.
   void dot_products(const float* query, std::int64_t padded, const char* keys,
@@ -47,6 +66,9 @@ struct DecodeKernel {
           for (int row = 0; row < kRows; ++row) sum[row * kKeys + i] += q[row] * k;
         }
       }
+      for (int i = 0; i < kKeys; ++i) {
+        prefetch_row(rows[i] + base.plan.kv_block * row_bytes, head_dim, far);
+      }
       const FloatVector dots = reduce_rows<float>(sum);
       for (int row = 0; row < kRows; ++row) {
         __builtin_memcpy(scores + row * base.plan.kv_block + key,
@@ -62,6 +84,9 @@ struct DecodeKernel {
     const std::int64_t whole = value_dim / kLanes * kLanes;
     std::int64_t key = 0;
     for (; key + kKeysPerStep <= count; key += kKeysPerStep) {
+      for (int i = 0; i < kKeysPerStep; ++i) {
+        prefetch_row(values + (key + i + base.plan.kv_block) * row_bytes, value_dim, far);
+      }
       std::int64_t d = 0;
       for (; d + 2 * kLanes <= whole; d += 2 * kLanes) {
         add_weighted<2, kKeysPerStep>(weights + key, values + key * row_bytes, row_bytes, out,

@@ -129,9 +129,7 @@ TORCH_EXT_INLINE typename Simd<T>::IntVector dropout_keep(const std::uint16_t* b
                                                           std::uint32_t threshold) {
   using IntVector = typename Simd<T>::IntVector;
   if constexpr (sizeof(T) == 4) {
-    Uint16HalfVector narrow;
-    __builtin_memcpy(&narrow, bits, sizeof narrow);
-    return (IntVector)(__builtin_convertvector(narrow, Uint32Vector) >= threshold);
+    return (IntVector)(widen_uint16(bits) >= threshold);
   } else {
     IntVector keep;
     for (int lane = 0; lane < Simd<T>::kLanes; ++lane)

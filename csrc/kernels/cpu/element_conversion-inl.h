@@ -4,10 +4,35 @@ typedef std::uint16_t Uint16HalfVector __attribute__((vector_size(TORCH_EXT_VECT
 typedef std::uint8_t Uint8FloatVector __attribute__((vector_size(TORCH_EXT_VECTOR_BYTES / 4)));
 typedef float FloatHalfVector __attribute__((vector_size(TORCH_EXT_VECTOR_BYTES / 2)));
 
-TORCH_EXT_INLINE FloatVector bf16_to_float(const void* source) {
+/// Zero-extended. By intrinsics where there are any: GCC 12 splits __builtin_convertvector into
+/// halves and joins them again (measured at half the speed of decoding in bf16).
+TORCH_EXT_INLINE Uint32Vector widen(Uint16HalfVector x) {
+#if defined(TORCH_EXT_HAS_AVX512)
+  return (Uint32Vector)_mm512_cvtepu16_epi32((__m256i)x);
+#elif defined(TORCH_EXT_HAS_AVX2)
+  return (Uint32Vector)_mm256_cvtepu16_epi32((__m128i)x);
+#else
+  return __builtin_convertvector(x, Uint32Vector);
+#endif
+}
+
+TORCH_EXT_INLINE Uint32Vector widen_uint16(const void* source) {
   Uint16HalfVector bits;
   __builtin_memcpy(&bits, source, sizeof bits);
-  return (FloatVector)(__builtin_convertvector(bits, Uint32Vector) << 16);
+  return widen(bits);
+}
+
+/// The lower halves.
+TORCH_EXT_INLINE Uint16HalfVector narrow(Uint32Vector x) {
+#if defined(TORCH_EXT_HAS_AVX512)
+  return (Uint16HalfVector)_mm512_cvtepi32_epi16((__m512i)x);
+#else
+  return __builtin_convertvector(x, Uint16HalfVector);
+#endif
+}
+
+TORCH_EXT_INLINE FloatVector bf16_to_float(const void* source) {
+  return (FloatVector)(widen_uint16(source) << 16);
 }
 
 /// Round to nearest even; a NaN stays a (quiet) NaN.
@@ -18,7 +43,7 @@ TORCH_EXT_INLINE Uint32Vector float_to_bf16_bits(FloatVector x) {
 }
 
 TORCH_EXT_INLINE void float_to_bf16(void* target, FloatVector x) {
-  const Uint16HalfVector bits = __builtin_convertvector(float_to_bf16_bits(x), Uint16HalfVector);
+  const Uint16HalfVector bits = narrow(float_to_bf16_bits(x));
   __builtin_memcpy(target, &bits, sizeof bits);
 }
 
@@ -34,9 +59,7 @@ TORCH_EXT_INLINE FloatVector fp16_to_float(const void* source) {
 #else
   // Exponent and mantissa moved up by 13 bits and rescaled by 2^112: exact, subnormals too. An
   // exponent of all ones (inf, NaN) is set to all ones again.
-  Uint16HalfVector half;
-  __builtin_memcpy(&half, source, sizeof half);
-  const Uint32Vector bits = __builtin_convertvector(half, Uint32Vector);
+  const Uint32Vector bits = widen_uint16(source);
   const Uint32Vector magnitude = (bits & 0x7FFFu) << 13;
   const FloatVector scaled = (FloatVector)magnitude * 5.192296858534828e33f;
   const Uint32Vector special = (Uint32Vector)((bits & 0x7C00u) == 0x7C00u) & 0x7F800000u;
@@ -63,8 +86,8 @@ TORCH_EXT_INLINE void float_to_fp16(void* target, FloatVector x) {
   const Uint32Vector normal = (magnitude + 0xC8000FFFu + ((magnitude >> 13) & 1u)) >> 13;
   const Uint32Vector finite = magnitude < 0x38800000u ? subnormal : normal;
   const Uint32Vector half = (magnitude >= 0x47800000u ? special : finite) | sign >> 16;
-  const Uint16HalfVector narrow = __builtin_convertvector(half, Uint16HalfVector);
-  __builtin_memcpy(target, &narrow, sizeof narrow);
+  const Uint16HalfVector narrowed = narrow(half);
+  __builtin_memcpy(target, &narrowed, sizeof narrowed);
 #endif
 }
 
@@ -97,10 +120,10 @@ TORCH_EXT_INLINE Vec<T> load_elements(const void* source, ScalarType type) {
         wide[lane] = static_cast<const std::uint8_t*>(source)[lane] ? 0.0f : -kInfinity<float>;
       }
     } else {
-      std::uint16_t narrow[kFloatLanes] = {};
-      __builtin_memcpy(narrow, source, kDoubleLanes * 2);
+      std::uint16_t halves[kFloatLanes] = {};
+      __builtin_memcpy(halves, source, kDoubleLanes * 2);
       store<float>(wide,
-                   type == ScalarType::kBFloat16 ? bf16_to_float(narrow) : fp16_to_float(narrow));
+                   type == ScalarType::kBFloat16 ? bf16_to_float(halves) : fp16_to_float(halves));
     }
     DoubleVector result;
     for (int lane = 0; lane < kDoubleLanes; ++lane) result[lane] = wide[lane];

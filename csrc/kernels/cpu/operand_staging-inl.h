@@ -39,12 +39,9 @@ TORCH_EXT_INLINE void interleave_row_pairs(const void* data, std::int64_t row_st
     std::int64_t column = 0;
     if (col_stride == 1) {
       for (; column + kFloatLanes <= columns; column += kFloatLanes) {
-        Uint16HalfVector low;
-        Uint16HalfVector high{};
-        __builtin_memcpy(&low, first + 2 * column, sizeof low);
-        if (has_second) __builtin_memcpy(&high, second + 2 * column, sizeof high);
-        store<std::uint32_t>(words + column, __builtin_convertvector(low, Uint32Vector) |
-                                                 __builtin_convertvector(high, Uint32Vector) << 16);
+        const Uint32Vector low = widen_uint16(first + 2 * column);
+        const Uint32Vector high = has_second ? widen_uint16(second + 2 * column) : Uint32Vector{};
+        store<std::uint32_t>(words + column, low | high << 16);
       }
     }
     for (; column < columns; ++column) {
