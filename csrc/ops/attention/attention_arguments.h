@@ -14,15 +14,9 @@
 #include <optional>
 
 #include "../../kernels/strided_view.h"
+#include "../optional_tensor.h"
 
 namespace torch_ext {
-
-using OptionalTensor = std::optional<at::Tensor>;
-
-/// Null where the argument is None.
-inline const at::Tensor* given(const OptionalTensor& tensor) {
-  return tensor.has_value() && tensor->defined() ? &*tensor : nullptr;
-}
 
 /// Refers to the caller's tensors.
 struct AttentionArguments {

@@ -15,7 +15,7 @@ const BatchedTensorImpl* batched(const at::Tensor& tensor) {
 
 }  // namespace
 
-VmapLevel::VmapLevel(const char* op, std::initializer_list<const at::Tensor*> arguments)
+VmapLevel::VmapLevel(const char* op, c10::ArrayRef<const at::Tensor*> arguments)
     : guard_(c10::DispatchKey::FuncTorchBatched) {
   for (const at::Tensor* argument : arguments) {
     const BatchedTensorImpl* impl = argument == nullptr ? nullptr : batched(*argument);

@@ -5,9 +5,9 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/SymInt.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/util/ArrayRef.h>
 
 #include <cstdint>
-#include <initializer_list>
 
 #include "attention_arguments.h"
 
@@ -20,7 +20,7 @@ namespace torch_ext {
 /// JSON library that torch does not install.
 class VmapLevel {
  public:
-  VmapLevel(const char* op, std::initializer_list<const at::Tensor*> arguments);
+  VmapLevel(const char* op, c10::ArrayRef<const at::Tensor*> arguments);
 
   const c10::SymInt& batch_size() const { return batch_size_; }
   bool is_mapped(const at::Tensor& tensor) const;

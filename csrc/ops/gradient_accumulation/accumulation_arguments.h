@@ -6,17 +6,11 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
-#include <optional>
 
+#include "../optional_tensor.h"
 #include "memory_overlap.h"
 
 namespace torch_ext {
-
-using OptionalTensor = std::optional<at::Tensor>;
-
-inline const at::Tensor* given(const OptionalTensor& tensor) {
-  return tensor.has_value() && tensor->defined() ? &*tensor : nullptr;
-}
 
 void check_accumulate(at::TensorList accumulators, at::TensorList grads, const at::Tensor* scale);
 
@@ -77,6 +71,9 @@ void check_sgd(const SgdArguments& arguments);
 
 /// A number that is neither negative nor NaN.
 void check_not_negative(const char* op, const char* name, double value);
+
+/// Forward-mode derivatives are raised, never dropped.
+void refuse_tangent(const char* op, const at::Tensor& tensor);
 
 /// The master of a param, or null.
 inline const at::Tensor* master_of(const StepArguments& arguments, std::size_t index) {

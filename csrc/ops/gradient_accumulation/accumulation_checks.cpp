@@ -94,11 +94,13 @@ void check_scalar(const char* op, const char* name, const at::Tensor* tensor,
   if (!device_of.empty()) check_device(op, name, kNoIndex, *tensor, device_of[0].device());
 }
 
-void check_no_leaf(const char* op, const char* name, at::TensorList tensors) {
-  for (std::size_t i = 0; i < tensors.size(); ++i) {
-    TORCH_CHECK(!(tensors[i].requires_grad() && tensors[i].is_leaf()), "torch_ext::", op, ": ",
-                name, "[", i, "] takes a buffer, got a leaf that requires grad");
-  }
+void check_no_leaf(const char* op, const char* name, std::size_t index, const at::Tensor& tensor) {
+  TORCH_CHECK(!(tensor.requires_grad() && tensor.is_leaf()), "torch_ext::", op, ": ",
+              argument(name, index), " takes a buffer, got a leaf that requires grad");
+}
+
+void check_no_leaves(const char* op, const char* name, at::TensorList tensors) {
+  for (std::size_t i = 0; i < tensors.size(); ++i) check_no_leaf(op, name, i, tensors[i]);
 }
 
 /// Adds to `destinations` what every optimizer writes.
@@ -115,7 +117,7 @@ void check_step(const StepArguments& arguments, std::vector<NamedList>& destinat
       if (master != nullptr) check_like(op, "master_params", i, *master, "params", params[i]);
     }
   }
-  check_no_leaf(op, "accumulators", arguments.accumulators);
+  check_no_leaves(op, "accumulators", arguments.accumulators);
   check_scalar(op, "lr", arguments.lr, {});
   check_scalar(op, "coefficient", arguments.coefficient, params);
   check_scalar(op, "found_inf", arguments.found_inf, params);
@@ -156,10 +158,17 @@ void check_not_negative(const char* op, const char* name, double value) {
   TORCH_CHECK(value >= 0.0, "torch_ext::", op, ": ", name, " takes a number >= 0, got ", value);
 }
 
+void refuse_tangent(const char* op, const at::Tensor& tensor) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !tensor.defined() || !tensor._fw_grad(/*level=*/0).defined(), "torch_ext::", op,
+      ": forward-mode automatic differentiation is not supported; use reverse mode (backward(), "
+      "torch.autograd.grad, torch.func.grad, vjp or jacrev)");
+}
+
 void check_accumulate(at::TensorList accumulators, at::TensorList grads, const at::Tensor* scale) {
   constexpr const char* kOp = "grad_accumulate_";
   check_same_lists(kOp, {NamedList{"accumulators", accumulators}, NamedList{"grads", grads}});
-  check_no_leaf(kOp, "accumulators", accumulators);
+  check_no_leaves(kOp, "accumulators", accumulators);
   check_scalar(kOp, "scale", scale, accumulators);
   const NamedList destinations[] = {{"accumulators", accumulators}};
   const NamedList sources[] = {
@@ -202,7 +211,7 @@ void check_weight_gradient(const WeightGradientArguments& arguments) {
       ": input takes the sizes (tokens..., in_features) with the tokens of grad_output, ",
       grad.sym_sizes(), ", and in_features = ", weight.sym_size(1), ", got ", input.sym_sizes());
   std::vector<NamedList> destinations{{"weight_grad", at::TensorList(weight), false}};
-  check_no_leaf(kOp, "weight_grad", at::TensorList(weight));
+  check_no_leaf(kOp, "weight_grad", kNoIndex, weight);
   if (arguments.bias_grad != nullptr) {
     const at::Tensor& bias = *arguments.bias_grad;
     check_kind(kOp, "bias_grad", kNoIndex, bias);
@@ -210,7 +219,7 @@ void check_weight_gradient(const WeightGradientArguments& arguments) {
     TORCH_CHECK(bias.dim() == 1 && bias.sym_size(0) == weight.sym_size(0), "torch_ext::", kOp,
                 ": bias_grad takes the sizes (out_features), out_features = ", weight.sym_size(0),
                 ", got ", bias.sym_sizes());
-    check_no_leaf(kOp, "bias_grad", at::TensorList(bias));
+    check_no_leaf(kOp, "bias_grad", kNoIndex, bias);
     destinations.push_back({"bias_grad", at::TensorList(bias), false});
   }
   const NamedList sources[] = {{"grad_output", at::TensorList(grad), false},
@@ -235,7 +244,7 @@ void check_embedding_gradient(const at::Tensor& weight, const at::Tensor& indice
                   grad.sym_sizes().slice(0, indices.dim()) == indices.sym_sizes(),
               "torch_ext::", kOp, ": grad_output takes the sizes of indices, ", indices.sym_sizes(),
               ", and dim = ", weight.sym_size(1), ", got ", grad.sym_sizes());
-  check_no_leaf(kOp, "weight_grad", at::TensorList(weight));
+  check_no_leaf(kOp, "weight_grad", kNoIndex, weight);
   const NamedList destinations[] = {{"weight_grad", at::TensorList(weight), false}};
   const NamedList sources[] = {{"grad_output", at::TensorList(grad), false},
                                {"indices", at::TensorList(indices), false}};

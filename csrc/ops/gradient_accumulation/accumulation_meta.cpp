@@ -1,5 +1,7 @@
-// The mini-batch operators without memory: the same refusals, and shapes.
+// The mini-batch operators without memory to work on: the same refusals, and shapes. On meta
+// tensors, for lists of nothing, which have no device, and on devices without kernels.
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "accumulation_operators.h"
@@ -72,7 +74,38 @@ void sgd_step_meta(at::TensorList params, at::TensorList accumulators,
              .first_steps = first_step.size()});
 }
 
+void expect_none(const char* op, at::TensorList tensors) {
+  if (tensors.empty()) return;
+  TORCH_CHECK_NOT_IMPLEMENTED(false, "torch_ext::", op, ": there is no kernel for tensors on ",
+                              tensors[0].device(), " in this build");
+}
+
+/// `kMeta`, and then there must not be anything left to do.
+template <typename Op, auto kMeta, typename Signature = typename Op::Signature>
+struct OfNothing;
+
+template <typename Op, auto kMeta, typename... Args>
+struct OfNothing<Op, kMeta, void(at::TensorList, Args...)> {
+  static void run(at::TensorList first, Args... args) {
+    kMeta(first, args...);
+    expect_none(Op::kName, first);
+  }
+};
+
+GradStatsResult grad_stats_of_nothing(at::TensorList grads) {
+  check_grad_stats(grads);
+  expect_none("grad_stats", grads);
+  return {at::zeros({}), at::zeros({0}), at::zeros({})};
+}
+
 }  // namespace
+
+TORCH_LIBRARY_IMPL(torch_ext, CompositeExplicitAutograd, m) {
+  m.impl("grad_accumulate_", TORCH_FN((OfNothing<GradAccumulate, grad_accumulate_meta>::run)));
+  m.impl("grad_stats", TORCH_FN(grad_stats_of_nothing));
+  m.impl("adamw_step_", TORCH_FN((OfNothing<AdamwStep<double>, adamw_step_meta<double>>::run)));
+  m.impl("sgd_step_", TORCH_FN((OfNothing<SgdStep<double>, sgd_step_meta<double>>::run)));
+}
 
 TORCH_LIBRARY_IMPL(torch_ext, Meta, m) {
   m.impl("grad_accumulate_", TORCH_FN(grad_accumulate_meta));

@@ -54,15 +54,17 @@ struct MutationRules<Op, void(Args...)> {
   }
 
   static void autograd(c10::DispatchKeySet keys, Args... args) {
-    if (at::GradMode::is_enabled()) {
-      std::uint32_t position = 1;
-      const auto refuse = [&](const auto& arg) {
-        const bool is_written = (Op::kWritten & position) != 0;
-        visit_tensors(arg, [&](const at::Tensor& t) { refuse_gradient(Op::kName, t, is_written); });
-        position <<= 1;
-      };
-      (refuse(args), ...);
-    }
+    const bool records = at::GradMode::is_enabled();
+    std::uint32_t position = 1;
+    const auto refuse = [&](const auto& arg) {
+      const bool is_written = (Op::kWritten & position) != 0;
+      visit_tensors(arg, [&](const at::Tensor& tensor) {
+        refuse_tangent(Op::kName, tensor);
+        if (records) refuse_gradient(Op::kName, tensor, is_written);
+      });
+      position <<= 1;
+    };
+    (refuse(args), ...);
     const at::AutoDispatchBelowAutograd guard;
     handle().redispatch(keys & c10::after_autograd_keyset, args...);
   }

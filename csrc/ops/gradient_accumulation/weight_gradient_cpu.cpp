@@ -8,27 +8,10 @@
 #include "../tensor_params.h"
 #include "accumulation_operators.h"
 #include "list_entries.h"
+#include "weight_gradient_views.h"
 
 namespace torch_ext {
 namespace {
-
-/// Strides of a matrix; 0 where there is one row or column.
-Matrix matrix(const at::Tensor& tensor) {
-  return {tensor.mutable_data_ptr(), kernel_scalar_type(tensor.scalar_type()), tensor.strides()[0],
-          tensor.strides()[1]};
-}
-
-ConstMatrix const_matrix(const at::Tensor& tensor) {
-  return {tensor.const_data_ptr(), kernel_scalar_type(tensor.scalar_type()), tensor.strides()[0],
-          tensor.strides()[1]};
-}
-
-/// (tokens..., features) as (tokens, features): a view, unless no strides can say it.
-at::Tensor flatten_tokens(const at::Tensor& tensor) {
-  std::int64_t tokens = 1;
-  for (const std::int64_t size : tensor.sizes().slice(0, tensor.dim() - 1)) tokens *= size;
-  return tensor.reshape({tokens, tensor.size(-1)});
-}
 
 /// Threads for so many multiplications and so many bytes of weight: waking one costs some 5 us.
 std::int64_t contraction_workers(std::int64_t tokens, std::int64_t weights) {
@@ -62,9 +45,12 @@ EmbeddingGroups groups_of(const at::Tensor& indices, std::int64_t num_embeddings
                           std::int64_t padding_idx) {
   const Index* data = indices.const_data_ptr<Index>();
   const auto wrong = find_index_out_of_range(data, indices.numel(), num_embeddings);
-  TORCH_CHECK_INDEX(!wrong.has_value(),
-                    "torch_ext::embedding_wgrad_: indices takes rows of weight_grad, 0 to ",
-                    num_embeddings - 1, ", got ", *wrong);
+  if (wrong.has_value()) {
+    TORCH_CHECK_INDEX(num_embeddings > 0, kEmbedding,
+                      "indices takes rows of weight_grad, of which there are none, got ", *wrong);
+    TORCH_CHECK_INDEX(false, kEmbedding, "indices takes rows of weight_grad, 0 to ",
+                      num_embeddings - 1, ", got ", *wrong);
+  }
   return group_by_row(data, indices.numel(), num_embeddings, padding_idx);
 }
 
