@@ -75,7 +75,8 @@ def test_encoder_layer(masks, mode):
         {"norm_first": True},
         {"activation": "gelu"},
         {"batch_first": False},
-        {"bias": True, "dtype": torch.bfloat16},
+        # Smooth: rounding switches a ReLU near 0 on or off, and a row of a weight's gradient with it.
+        {"activation": "gelu", "dtype": torch.bfloat16},
         {"dtype": torch.float64},
     ],
     ids=["norm first", "gelu", "sequence first", "bfloat16", "float64"],

@@ -21,7 +21,8 @@ class Options:
     heads: int = 2
     embed_dim: int = 128
     dropout: float = 0.0
-    learning_rate: float = 4e-3
+    # From 4e-3 on training is chaotic: rounding alone drives two stock runs apart.
+    learning_rate: float = 1.5e-3
     dtype: str = "float32"
     device: str = "cpu"
     compile: bool = False
