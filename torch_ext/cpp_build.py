@@ -60,7 +60,7 @@ def _lines(file: Path) -> list[str]:
 
 
 def _cpp_extension() -> ModuleType:
-    """torch.utils.cpp_extension, without its warning that nvcc is there and no GPU: none is needed."""
+    """torch.utils.cpp_extension, without its warning that nvcc is there but no GPU."""
     logger = logging.getLogger("torch.utils.cpp_extension")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -116,9 +116,9 @@ def _cutlass_headers() -> str:
             return str(folder)
     oldest = ".".join(str(number) for number in OLDEST_CUTLASS)
     raise BuildError(
-        f"torch_ext: the CUDA kernels take the headers of CUTLASS {oldest} or newer, got {version}. "
-        f"Either `pip install 'nvidia-cutlass>={oldest}'`, or set CUTLASS_PATH to a checkout of it, "
-        "or TORCH_EXT_CUDA=0 to build without CUDA"
+        f"torch_ext: the CUDA kernels take the headers of CUTLASS {oldest} or newer, got "
+        f"{version}. Either `pip install 'nvidia-cutlass>={oldest}'`, or set CUTLASS_PATH to a "
+        "checkout of it, or TORCH_EXT_CUDA=0 to build without CUDA"
     )
 
 
@@ -146,7 +146,7 @@ def choose_cuda(csrc: Path) -> CudaChoice:
     is not asked for: machines that build seldom have one.
 
     Raises:
-        BuildError: ``TORCH_EXT_CUDA=1`` cannot be had, or CUTLASS, which pip could bring, is missing.
+        BuildError: ``TORCH_EXT_CUDA=1`` cannot be had, or CUTLASS is missing: pip could bring it.
     """
     wish = os.environ.get("TORCH_EXT_CUDA", "")
     if wish not in ("", "0", "1"):
