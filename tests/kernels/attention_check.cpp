@@ -37,8 +37,9 @@ std::string run_kernel(const char* what, std::size_t (*workspace_bytes)(const Pa
     ADD_FAILURE() << what << " named no path";
     return "";
   }
-  EXPECT_EQ(std::string(path).rfind("cpu.", 0), 0u) << path;
-  return path;
+  const std::string name = path;
+  EXPECT_TRUE(name.rfind("cpu.", 0) == 0 || name.rfind("cuda.", 0) == 0) << name;
+  return name;
 }
 
 }  // namespace

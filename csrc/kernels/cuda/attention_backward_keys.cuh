@@ -31,7 +31,8 @@ struct AttentionBackwardKeysProgram {
   static constexpr int kDimParts = kDim == 256 ? 2 : 1;   // warps that share keys, not columns
   static constexpr int kKeys = kWarps / kDimParts * kMTiles * 16;
   static constexpr int kQueries = kDim == 256 ? 32 : 64;
-  static constexpr int kChunk = 32;                       // queries whose scores are in registers
+  // Queries whose scores are in registers, beside 128 of sums in two.
+  static constexpr int kChunk = kDim == 64 || (kGeneral && kDim == 128) ? 16 : 32;
   static constexpr int kScoreTiles = kChunk / 8;
   static constexpr int kOwnCols = kDim / kDimParts;
   static constexpr int kOwnTiles = kOwnCols / 8;

@@ -3,6 +3,7 @@
 #include "attention_mask_gradient.cuh"
 #include "attention_programs.cuh"
 #include "attention_row_stats.cuh"
+#include "fragment_layout_check.cuh"
 #include "tile_map.cuh"
 
 namespace torch_ext::cuda {

@@ -60,7 +60,7 @@ struct ScoreTile {
   /// Keys beyond each row's end.
   template <typename Block>
   TORCH_EXT_DEVICE void mask_ends(Block& block, int first_key, Scores& scores) const {
-    const int column = first_key + block.thread() % 4 * 2;
+    const int column = first_key + block.anew(block.thread()) % 4 * 2;
     TORCH_EXT_UNROLL
     for (int m = 0; m < kMTiles; ++m) {
       TORCH_EXT_UNROLL

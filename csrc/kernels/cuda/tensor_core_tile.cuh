@@ -13,13 +13,14 @@
 
 #include <cstdint>
 
+#include "../counter_rng.h"
 #include "device_program.h"
 
 namespace torch_ext::cuda {
 
 /// Byte offset of chunk `chunk` of row `row`.
 template <int kCols>
-TORCH_EXT_DEVICE constexpr std::uint32_t swizzled(int row, int chunk) {
+TORCH_EXT_HOST_DEVICE constexpr std::uint32_t swizzled(int row, int chunk) {
   return static_cast<std::uint32_t>(row * kCols * 2 + ((chunk ^ (row & 7)) << 4));
 }
 
@@ -158,8 +159,9 @@ TORCH_EXT_DEVICE void copy_tile(Block& block, std::uint32_t tile, const std::uin
   constexpr int kChunks = kCols / 8;
   constexpr int kPassRows = kThreads / kChunks;
   static_assert(kThreads % kChunks == 0 && kRows % kPassRows == 0);
-  const int row = block.thread() / kChunks;
-  const int chunk = block.thread() % kChunks;
+  const int thread = block.anew(block.thread());
+  const int row = thread / kChunks;
+  const int chunk = thread % kChunks;
   // A running pointer: one address for each pass would fill the registers.
   const std::uint16_t* source = data + row * row_stride + chunk * 8;
   std::uint32_t target = tile + swizzled<kCols>(row, chunk);

@@ -1,0 +1,72 @@
+// The CUDA backward kernels, run on the host, against the reference.
+#include <gtest/gtest.h>
+
+#include <utility>
+#include <vector>
+
+#include "attention_case_list.h"
+#include "attention_check.h"
+#include "cuda_case_list.h"
+#include "emulated_cuda_kernels.h"
+
+namespace torch_ext::testing {
+namespace {
+
+void check_each_dtype(CaseList (*cases)(ScalarType), std::size_t step) {
+  for (const ScalarType dtype : kAllDtypes) {
+    check_cases(kEmulatedCudaKernels, every(step, cases(dtype)), /*forward_only=*/false);
+  }
+}
+
+/// Aligned rows and no mask: the kernels without options, and those of each width with them.
+CaseList tensor_core_cases() {
+  CaseList cases;
+  for (const ScalarType dtype : {ScalarType::kBFloat16, ScalarType::kFloat16}) {
+    for (const std::int64_t head_dim : {64, 128, 256, 40}) {
+      for (const auto& [q_len, kv_len] : {std::pair{64, 64}, {130, 200}, {193, 129}}) {
+        AttentionCase spec{.dtype = dtype,
+                           .query_heads = 2,
+                           .kv_heads = 1,
+                           .q_len = q_len,
+                           .kv_len = kv_len,
+                           .head_dim = head_dim};
+        if (head_dim == 40) spec.value_dim = 72;
+        cases.push_back(spec);
+        spec.is_causal = true;
+        spec.causal_offset = kv_len - q_len;
+        spec.has_grad_logsumexp = true;
+        cases.push_back(spec);
+        spec.dropout = 0.3;
+        if (q_len == 130) cases.push_back(spec);
+      }
+    }
+  }
+  return numbered(cases);
+}
+
+TEST(CudaAttentionBackward, TensorCoreTiles) {
+  check_cases(kEmulatedCudaKernels, tensor_core_cases(), /*forward_only=*/false);
+}
+TEST(CudaAttentionBackward, DeterministicTensorCoreTiles) {
+  check_cases(kEmulatedDeterministicCudaKernels, every(2, tensor_core_cases()),
+              /*forward_only=*/false);
+}
+TEST(CudaAttentionBackward, TileEdges) { check_each_dtype(tile_edge_cases, 19); }
+TEST(CudaAttentionBackward, HeadDims) { check_each_dtype(head_dim_cases, 5); }
+TEST(CudaAttentionBackward, ZeroSizes) { check_each_dtype(zero_sized_cases, 7); }
+TEST(CudaAttentionBackward, Layouts) { check_each_dtype(layout_cases, 5); }
+TEST(CudaAttentionBackward, BatchesAndGroups) { check_each_dtype(batch_and_group_cases, 7); }
+TEST(CudaAttentionBackward, Causal) { check_each_dtype(causal_cases, 11); }
+TEST(CudaAttentionBackward, BooleanMasks) { check_each_dtype(boolean_mask_cases, 7); }
+TEST(CudaAttentionBackward, AdditiveMasks) { check_each_dtype(additive_mask_cases, 7); }
+TEST(CudaAttentionBackward, KeyPadding) { check_each_dtype(key_padding_cases, 3); }
+TEST(CudaAttentionBackward, Scales) { check_each_dtype(scale_cases, 2); }
+TEST(CudaAttentionBackward, Dropout) { check_each_dtype(dropout_cases, 4); }
+TEST(CudaAttentionBackward, Random) {
+  check_cases(kEmulatedCudaKernels, every(12, random_cases(2026, 600)), /*forward_only=*/false);
+  check_cases(kEmulatedDeterministicCudaKernels, every(17, random_cases(2027, 600)),
+              /*forward_only=*/false);
+}
+
+}  // namespace
+}  // namespace torch_ext::testing

@@ -1,0 +1,60 @@
+// The CUDA forward kernels, run on the host, against the reference.
+#include <gtest/gtest.h>
+
+#include <vector>
+
+#include "attention_case_list.h"
+#include "attention_check.h"
+#include "cuda_case_list.h"
+#include "emulated_cuda_kernels.h"
+
+namespace torch_ext::testing {
+namespace {
+
+void check_each_dtype(CaseList (*cases)(ScalarType), std::size_t step) {
+  for (const ScalarType dtype : kAllDtypes) {
+    check_cases(kEmulatedCudaKernels, every(step, cases(dtype)), /*forward_only=*/true);
+  }
+}
+
+TEST(CudaAttentionForward, TileEdges) { check_each_dtype(tile_edge_cases, 7); }
+TEST(CudaAttentionForward, HeadDims) { check_each_dtype(head_dim_cases, 3); }
+TEST(CudaAttentionForward, ZeroSizes) { check_each_dtype(zero_sized_cases, 5); }
+TEST(CudaAttentionForward, Layouts) { check_each_dtype(layout_cases, 3); }
+TEST(CudaAttentionForward, BatchesAndGroups) { check_each_dtype(batch_and_group_cases, 5); }
+TEST(CudaAttentionForward, Causal) { check_each_dtype(causal_cases, 7); }
+TEST(CudaAttentionForward, BooleanMasks) { check_each_dtype(boolean_mask_cases, 5); }
+TEST(CudaAttentionForward, AdditiveMasks) { check_each_dtype(additive_mask_cases, 7); }
+TEST(CudaAttentionForward, KeyPadding) { check_each_dtype(key_padding_cases, 3); }
+TEST(CudaAttentionForward, Scales) { check_each_dtype(scale_cases, 1); }
+TEST(CudaAttentionForward, Dropout) { check_each_dtype(dropout_cases, 3); }
+TEST(CudaAttentionForward, Splits) { check_each_dtype(split_cases, 4); }
+
+/// Aligned rows and no mask: the kernels without options, and those of each width with them.
+TEST(CudaAttentionForward, TensorCoreTiles) {
+  CaseList cases;
+  for (const ScalarType dtype : {ScalarType::kBFloat16, ScalarType::kFloat16}) {
+    for (const std::int64_t head_dim : {64, 128, 256, 40}) {
+      for (const auto& [q_len, kv_len] : {std::pair{64, 64}, {130, 200}, {257, 129}}) {
+        AttentionCase spec{.dtype = dtype,
+                           .query_heads = 2,
+                           .kv_heads = 1,
+                           .q_len = q_len,
+                           .kv_len = kv_len,
+                           .head_dim = head_dim};
+        if (head_dim == 40) spec.value_dim = 72;
+        cases.push_back(spec);
+        spec.is_causal = true;
+        spec.causal_offset = kv_len - q_len;
+        cases.push_back(spec);
+        spec.dropout = 0.3;
+        spec.mask = {.kind = AttentionMaskKind::kNone};
+        if (q_len == 130) cases.push_back(spec);
+      }
+    }
+  }
+  check_cases(kEmulatedCudaKernels, numbered(cases), /*forward_only=*/true);
+}
+
+}  // namespace
+}  // namespace torch_ext::testing
