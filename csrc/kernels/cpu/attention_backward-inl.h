@@ -6,54 +6,10 @@
 // dV^T; Q and dO are broadcast from where they lie. Five products; a pass of its own for dQ would
 // make them seven.
 
-/// The private memory of a worker. Row stride of everything with keys in its columns:
-/// plan.key_tile.
-template <typename Policy>
-struct BackwardScratch {
-  using T = typename Policy::Compute;
-  using Scalar = typename Policy::Scalar;
-  Scalar* key_panel;               // (head_dim / depth, keys) K^T
-  Scalar* value_panel;             // (value_dim / depth, keys) V^T
-  char* key_rows;                  // (keys, head_dim) staged K
-  T* grad_key;                     // (head_dim, keys) dK^T
-  T* grad_value;                   // (value_dim, keys) dV^T
-  T* weight;                       // (queries, keys) S, then P after dropout
-  T* grad_score;                   // (queries, keys) dP, then dS
-  Scalar* weight_pairs;            // (queries / 2, keys), for bf16 pairs
-  Scalar* grad_score_pairs;        // (queries / 2, keys)
-  std::uint16_t* grad_score_rows;  // (queries, keys) bf16
-  char* query_rows;                // (queries, head_dim) staged Q
-  char* grad_out_rows;             // (queries, value_dim) staged dO
-  std::uint16_t* dropout_bits;     // (queries, keys)
-  T* key_bias;                     // (keys) 0, or -inf where padding or the end excludes the key
-  T* logsumexp;   // (group, q_len) log2 domain; +inf for rows that attend to nothing
-  T* delta;       // (group, q_len)
-  T* grad_query;  // (group, q_len, head_stride) dQ
-};
-
-/// Some queries of one head against some keys of the tile.
-template <typename Policy>
-struct ScoreBlock {
-  std::int64_t head;  // within the group
-  std::int64_t first_query;
-  std::int64_t queries;
-  std::int64_t first_key;
-  std::int64_t keys;  // that any of the queries may attend to
-  std::int64_t vectors;
-  const char* mask_row;  // of first_query, key 0
-  std::uint32_t slice;   // batch * query_heads + head, for dropout
-  bool adds_mask;
-  bool adds_key_bias;
-  bool diagonal;
-  typename Policy::Compute* mask_sum;  // where the mask's gradient of (first_query, key 0) goes
-};
-
 template <typename Policy>
 struct BackwardKernel {
   using T = typename Policy::Compute;
   using Scalar = typename Policy::Scalar;
-  using Int = typename Simd<T>::Int;
-  using IntVector = typename Simd<T>::IntVector;
   static constexpr int kLanes = Simd<T>::kLanes;
 
   const AttentionBackwardParams& params;
@@ -61,6 +17,7 @@ struct BackwardKernel {
   const TileClass* mask_map;
   char* workspace;
   DropoutState dropout;
+  MaskGradient<Policy> mask_gradient{params, plan, workspace};
 
   static constexpr T kLowestLogsumexp = static_cast<T>(sizeof(T) == 8 ? -1e16 : -1e8);
 
@@ -136,101 +93,6 @@ struct BackwardKernel {
     }
   }
 
-  /// Scores and dP become what the remaining products read: P after dropout, dS.
-  template <bool kMasked, bool kDropout>
-  void weigh(const BackwardScratch<Policy>& scratch, const ScoreBlock<Policy>& block) const {
-    const std::int64_t stride = plan.key_tile;
-    const AttentionMasking& masking = params.masking;
-    const T factor = static_cast<T>(params.scale * kLog2eDouble);
-    const ScalarType mask_type =
-        masking.kind == AttentionMaskKind::kAdditive ? masking.mask_dtype : ScalarType::kBool;
-    const IntVector lanes = lane_index<T>();
-    const Vec<T> excluded = broadcast(-kInfinity<T>);
-    for (std::int64_t row = 0; row < block.queries; row += Policy::kDepth) {
-      for (std::int64_t j = 0; j < block.vectors; ++j) {
-        Vec<T> weight[Policy::kDepth];
-        Vec<T> grad_score[Policy::kDepth];
-        for (int t = 0; t < Policy::kDepth; ++t) {
-          const std::int64_t i = row + t;
-          if (Policy::kDepth > 1 && i >= block.queries) {
-            weight[t] = grad_score[t] = Vec<T>{};
-            continue;
-          }
-          const std::int64_t query = block.first_query + i;
-          const std::int64_t place = i * stride + j * kLanes;
-          const T logsumexp = scratch.logsumexp[block.head * params.shape.q_len + query];
-          const T delta = scratch.delta[block.head * params.shape.q_len + query];
-          Vec<T> score = load<T>(scratch.weight + place) * factor;
-          if constexpr (kMasked) {
-            if (block.adds_mask) {
-              score = add_mask<T>(
-                  score,
-                  load_mask<T>(element_at(block.mask_row, mask_type, i * masking.mask.row_stride),
-                               mask_type, masking.mask.col_stride, block.first_key + j * kLanes,
-                               max_of(block.keys - j * kLanes, 0)));
-            }
-            if (block.adds_key_bias) {
-              score = add_mask<T>(score, load<T>(scratch.key_bias + j * kLanes));
-            }
-            if (block.diagonal) {
-              const Int last = static_cast<Int>(max_of(
-                  min_of(query + masking.causal_offset - block.first_key - j * kLanes, kLanes),
-                  -1));
-              score = lanes > last ? excluded : score;
-            }
-          }
-          Vec<T> x = score - logsumexp;
-          // Weights are at most 1, but for the rounding of huge scores that a mask makes. The bound
-          // comes first: a NaN stays.
-          if constexpr (kMasked) x = vector_min(broadcast(static_cast<T>(1)), x);
-          Vec<T> w = exp2_vector(x);
-          Vec<T> grad_weight = load<T>(scratch.grad_score + place);
-          IntVector kept;
-          if constexpr (kDropout) {
-            kept = dropout_keep<T>(scratch.dropout_bits + place, dropout.threshold);
-            grad_weight *= static_cast<T>(dropout.scale);
-            grad_weight = (Vec<T>)((IntVector)grad_weight & kept);
-          }
-          Vec<T> ds = w * (grad_weight - delta);
-          if constexpr (kMasked) {
-            const IntVector negligible = x < static_cast<T>(kNegligibleExponent<T>);
-            w = negligible ? Vec<T>{} : w;
-            ds = negligible ? Vec<T>{} : ds;
-          }
-          if constexpr (kDropout) w = (Vec<T>)((IntVector)w & kept);
-          weight[t] = w;
-          grad_score[t] = ds;
-          if constexpr (Policy::kDepth == 1) {
-            store<T>(scratch.weight + place, w);
-            store<T>(scratch.grad_score + place, ds);
-          } else {
-            // The mask's gradient reads it in full precision.
-            if (block.mask_sum != nullptr) store<T>(scratch.grad_score + place, ds);
-          }
-        }
-        if constexpr (Policy::kDepth == 2) {
-          store_pairs(scratch, row, j, weight, grad_score);
-        }
-      }
-    }
-  }
-
-  /// bf16 pairs of two queries' results, and dS as rows.
-  void store_pairs(const BackwardScratch<Policy>& scratch, std::int64_t row, std::int64_t j,
-                   const Vec<T>* weight, const Vec<T>* grad_score) const {
-#if defined(TORCH_EXT_HAS_BF16_DOT)
-    const std::int64_t pair = row / 2 * plan.key_tile + j * kLanes;
-    store<std::uint32_t>(scratch.weight_pairs + pair, pack_bf16_pairs(weight[0], weight[1]));
-    store<std::uint32_t>(scratch.grad_score_pairs + pair,
-                         pack_bf16_pairs(grad_score[0], grad_score[1]));
-    for (int t = 0; t < 2; ++t) {
-      store_bf16(scratch.grad_score_rows + (row + t) * plan.key_tile + j * kLanes, grad_score[t]);
-    }
-#else
-    (void)scratch, (void)row, (void)j, (void)weight, (void)grad_score;
-#endif
-  }
-
   /// All products of one block of scores.
   void process(const BackwardScratch<Policy>& scratch, ScoreBlock<Policy>& block,
                const RightOperand<Policy>& key_rows, std::int64_t batch, std::int64_t kv_head,
@@ -254,14 +116,17 @@ struct BackwardKernel {
                             grad_out.over_columns, scratch.value_panel, stride, scratch.grad_score,
                             stride);
     const bool masked = block.adds_mask || block.adds_key_bias || block.diagonal;
+    const ScoreGradient<Policy> gradient{params, plan, dropout};
     if (dropout.active) {
       dropout_bits_of_keys(scratch.dropout_bits, stride, block.queries, block.keys,
                            block.first_query, block.first_key, block.slice, dropout.seed);
-      masked ? weigh<true, true>(scratch, block) : weigh<false, true>(scratch, block);
+      masked ? gradient.template weigh<true, true>(scratch, block)
+             : gradient.template weigh<false, true>(scratch, block);
     } else {
-      masked ? weigh<true, false>(scratch, block) : weigh<false, false>(scratch, block);
+      masked ? gradient.template weigh<true, false>(scratch, block)
+             : gradient.template weigh<false, false>(scratch, block);
     }
-    if (block.mask_sum != nullptr) add_mask_gradient(scratch, block);
+    if (block.mask_sum != nullptr) mask_gradient.add(scratch, block);
 
     const Scalar* weight = reinterpret_cast<const Scalar*>(scratch.weight);
     const Scalar* grad_score = reinterpret_cast<const Scalar*>(scratch.grad_score);
@@ -286,30 +151,6 @@ struct BackwardKernel {
           grad_score_rows, key_rows.data, key_rows.stride,
           grad_query + (block.head * shape.q_len + block.first_query) * plan.head_stride,
           plan.head_stride);
-    }
-  }
-
-  /// sum[query][key] += dS, along whatever dimensions the mask has.
-  void add_mask_gradient(const BackwardScratch<Policy>& scratch,
-                         const ScoreBlock<Policy>& block) const {
-    for (std::int64_t i = 0; i < block.queries; ++i) {
-      const T* grad_score = scratch.grad_score + i * plan.key_tile;
-      T* sum = block.mask_sum + (plan.mask_rows == 1 ? 0 : i * plan.mask_cols);
-      if (plan.mask_cols == 1) {
-        Vec<T> total{};
-        for (std::int64_t key = 0; key < block.keys; key += kLanes) {
-          total += load_elements<T>(grad_score + key, kNativeType<Policy>, 1, block.keys - key);
-        }
-        *sum += horizontal_sum<T>(total);
-        continue;
-      }
-      for (std::int64_t key = 0; key < block.keys; key += kLanes) {
-        const std::int64_t count = block.keys - key;
-        T* target = sum + block.first_key + key;
-        store_elements<T>(
-            target, kNativeType<Policy>, 1, count,
-            load_elements<T>(target, kNativeType<Policy>, 1, count) + load<T>(grad_score + key));
-      }
     }
   }
 
@@ -496,8 +337,7 @@ struct BackwardKernel {
     const ScalarType type = gradient_type(params);
     for (std::int64_t d = 0; d < shape.head_dim; d += kLanes) {
       store_elements<T>(element_at(view.data, type, offset + d * view.col_stride), type,
-                        view.col_stride, shape.head_dim - d,
-                        sum(d) * static_cast<T>(params.scale));
+                        view.col_stride, shape.head_dim - d, sum(d) * static_cast<T>(params.scale));
     }
   }
 
@@ -514,83 +354,17 @@ struct BackwardKernel {
     });
   }
 
-  T* mask_partial(std::int64_t slice, std::int64_t partial, std::int64_t chunk) const {
-    const std::int64_t column_chunks = plan.mask_column_chunks();
-    const std::int64_t index =
-        (slice * plan.mask_partials + partial) * column_chunks + (column_chunks == 1 ? 0 : chunk);
-    return reinterpret_cast<T*>(workspace + plan.mask_partial_offset) +
-           index * plan.mask_heads * plan.mask_rows * plan.mask_cols;
-  }
-
-  /// Where a task sums the mask's gradient up, zeroed: its own columns, or all of its own partial.
-  T* start_mask_partial(std::int64_t slice, std::int64_t partial, std::int64_t chunk) const {
-    T* sums = mask_partial(slice, partial, chunk);
-    const bool own_columns = plan.mask_cols > 1;
-    const std::int64_t begin = own_columns ? chunk * plan.chunk_len : 0;
-    const std::int64_t end =
-        own_columns ? min_of(begin + plan.chunk_len, plan.mask_cols) : plan.mask_cols;
-    for (std::int64_t row = 0; row < plan.mask_heads * plan.mask_rows; ++row) {
-      for (std::int64_t col = begin; col < end; ++col) {
-        sums[row * plan.mask_cols + col] = static_cast<T>(0);
-      }
-    }
-    return sums;
-  }
-
   /// A task: a chunk of keys for all pairs that share a partial of the mask's gradient, or one
   /// pair.
   void run_task(int worker, std::int64_t group_index, std::int64_t chunk) const {
     if (!plan.mask_gradient) return run_pair(worker, group_index, chunk, nullptr);
     const std::int64_t slice = group_index / plan.mask_partials;
     const std::int64_t partial = group_index % plan.mask_partials;
-    T* sums = start_mask_partial(slice, partial, chunk);
+    T* sums = mask_gradient.start_partial(slice, partial, chunk);
     const std::int64_t begin = partial * plan.mask_shares / plan.mask_partials;
     const std::int64_t end = (partial + 1) * plan.mask_shares / plan.mask_partials;
     for (std::int64_t index = begin; index < end; ++index) {
       run_pair(worker, mask_sharing_pair(plan, params.shape, slice, index), chunk, sums);
-    }
-  }
-
-  /// Of a slice's first head in grad_mask. Not by way of a pair: there is none where a dimension
-  /// that the mask broadcasts over has size 0.
-  std::int64_t mask_slice_offset(std::int64_t slice) const {
-    const AttentionShape& shape = params.shape;
-    const StridedView& view = params.grad_mask;
-    std::int64_t offset = 0;
-    if (plan.mask_head_varies) {
-      offset += slice % shape.kv_heads * group() * view.head_stride;
-      slice /= shape.kv_heads;
-    }
-    for (int dim = kMaxBatchDims - 1; dim >= 0; --dim) {
-      if (!plan.mask_batch_varies[dim]) continue;
-      offset += slice % shape.batch_sizes[dim] * view.batch_strides[dim];
-      slice /= shape.batch_sizes[dim];
-    }
-    return offset;
-  }
-
-  /// One row of the mask's gradient: the partial sums in their order. row counts (slice, head,
-  /// row).
-  void join_mask_row(std::int64_t index) const {
-    const AttentionShape& shape = params.shape;
-    const StridedView& view = params.grad_mask;
-    const std::int64_t row = index % plan.mask_rows;
-    const std::int64_t head = index / plan.mask_rows % plan.mask_heads;
-    const std::int64_t slice = index / plan.mask_rows / plan.mask_heads;
-    const std::int64_t offset =
-        mask_slice_offset(slice) + head * view.head_stride + row * view.row_stride;
-    const std::int64_t partials = plan.mask_partials * plan.mask_column_chunks();
-    const std::int64_t partial_size = plan.mask_heads * plan.mask_rows * plan.mask_cols;
-    const T* first = mask_partial(slice, 0, 0) + (head * plan.mask_rows + row) * plan.mask_cols;
-    for (std::int64_t col = 0; col < plan.mask_cols; col += kLanes) {
-      const std::int64_t count = plan.mask_cols - col;
-      Vec<T> sum{};
-      for (std::int64_t partial = 0; partial < partials; ++partial) {
-        sum +=
-            load_elements<T>(first + partial * partial_size + col, kNativeType<Policy>, 1, count);
-      }
-      store_elements<T>(element_at(view.data, kNativeType<Policy>, offset + col * view.col_stride),
-                        kNativeType<Policy>, view.col_stride, count, sum);
     }
   }
 };
@@ -615,6 +389,6 @@ static void run_backward(const AttentionBackwardParams& params, const BackwardPl
   }
   if (plan.mask_gradient) {
     run_tasks(runner, plan.mask_slices * plan.mask_heads * plan.mask_rows,
-              [&kernel](int, std::int64_t task) { kernel.join_mask_row(task); });
+              [&kernel](int, std::int64_t task) { kernel.mask_gradient.join_row(task); });
   }
 }

@@ -33,9 +33,9 @@ struct DecodeKernel {
            kCacheBytes;
   }
 
-  /// Asks for one row of the next block while its twin of this block is computed: sixteen short rows
-  /// abreast are more streams than the hardware follows (measured 25 of 36 GB/s in bf16). Rows of
-  /// fp32 are long enough, and what lies in a cache already only costs the instructions.
+  /// Asks for one row of the next block while its twin of this block is computed: sixteen short
+  /// rows abreast are more streams than the hardware follows (measured 25 of 36 GB/s in bf16). Rows
+  /// of fp32 are long enough, and what lies in a cache already only costs the instructions.
   TORCH_EXT_INLINE void prefetch_row(const char* row, std::int64_t columns, bool far) {
     if (kElement == 4 || !far) return;
     for (std::int64_t byte = 0; byte < columns * kElement; byte += 64) {
@@ -303,7 +303,7 @@ struct DecodeKernel {
     for (std::int64_t r = 0; r < plan.rows; ++r) {
       const Row& row = rows[r];
       if (plan.kv_splits > 1) {
-        float* partial = base.partial_of(pair, split, r);
+        float* partial = base.splits.partial_of(pair, split, r);
         for (std::int64_t d = 0; d < shape.value_dim; ++d) partial[d] = out[r * value_padded + d];
         partial[shape.value_dim] = row.maximum;
         partial[shape.value_dim + 1] = row.sum;
@@ -319,7 +319,7 @@ struct DecodeKernel {
       }
       if (params.logsumexp != nullptr) {
         static_cast<float*>(params.logsumexp)[row.slice * shape.q_len + row.query] =
-            Base::log_sum(row.maximum, row.sum);
+            KeySplits<FloatContraction>::log_sum(row.maximum, row.sum);
       }
     }
   }
@@ -362,7 +362,7 @@ static void run_decode(const AttentionForwardParams& params, const ForwardPlan& 
   }
   if (plan.kv_splits > 1) {
     run_tasks(runner, plan.pairs * plan.rows, [&base, &plan](int, std::int64_t task) {
-      base.combine_row(task / plan.rows, task % plan.rows);
+      base.splits.combine_row(task / plan.rows, task % plan.rows);
     });
   }
 }

@@ -1,29 +1,7 @@
-// Transposed flash attention, forward (Dao et al., FlashAttention, arXiv 2205.14135; online softmax
-// of Milakov and Gimelshein, arXiv 1805.02867). Lanes are queries:
+// Transposed flash attention, forward (Dao et al., FlashAttention, arXiv 2205.14135). Lanes are
+// queries:
 //   S^T (kv_block, sub_tile) = K Q^T,  O^T (value_dim, sub_tile) += V^T P^T,
 // so K and V are broadcast from where they lie, and maxima and sums run down the lanes.
-
-/// The rows of one sub-tile and their running softmax. Arrays have one entry per lane.
-template <typename Policy>
-struct QueryTile {
-  using T = typename Policy::Compute;
-  typename Policy::Scalar* panel;   // (head_dim / depth, lanes): Q^T, scaled where depth is 1
-  T* out;                           // (value_dim, lanes): O^T, not normalised
-  T* maximum;                       // of the scores, log2 domain
-  T* sum;                           // of the weights before dropout
-  typename Simd<T>::Int* last_key;  // the last key that causality allows
-  std::uint32_t* query;             // position, for dropout
-  std::uint32_t* slice;             // batch * query_heads + head, for dropout
-  std::int64_t* query_offset;       // of the row in query, out and mask, in elements
-  std::int64_t* out_offset;
-  std::int64_t* mask_offset;
-  std::int64_t count;  // rows; the other lanes compute on zeros
-  int vectors;
-  std::int64_t first_allowed_end;  // keys from here on are masked for some row
-  std::int64_t last_allowed_end;   // ... and for all rows
-  std::int64_t row_tile;           // index into the mask map
-  bool started;
-};
 
 /// A block of keys, staged.
 template <typename Policy>
@@ -41,7 +19,6 @@ struct ForwardKernel {
   using T = typename Policy::Compute;
   using Scalar = typename Policy::Scalar;
   using Int = typename Simd<T>::Int;
-  using IntVector = typename Simd<T>::IntVector;
   static constexpr int kLanes = Simd<T>::kLanes;
   static constexpr int kSubTile = kMaxVectors * kLanes;
 
@@ -50,6 +27,7 @@ struct ForwardKernel {
   const TileClass* mask_map;
   char* workspace;
   DropoutState dropout;
+  KeySplits<Policy> splits{params, plan, workspace, dropout};
 
   std::int64_t group() const { return params.shape.query_heads / params.shape.kv_heads; }
 
@@ -161,76 +139,6 @@ struct ForwardKernel {
     }
   }
 
-  /// Online softmax of one tile: scores become weights. kMasked: scores may be -inf, and a row may
-  /// have seen none but those.
-  template <int kVectors, bool kMasked>
-  static void softmax(T* scores, std::int64_t keys, QueryTile<Policy>& tile, std::int64_t value_dim,
-                      T scale) {
-    constexpr int kStride = kVectors * kLanes;
-    const Vec<T> factor = broadcast(scale);
-    Vec<T> previous[kVectors], maximum[kVectors], sum[kVectors];
-    for (int j = 0; j < kVectors; ++j) {
-      previous[j] = maximum[j] = load<T>(tile.maximum + j * kLanes);
-      sum[j] = load<T>(tile.sum + j * kLanes);
-    }
-    for (std::int64_t key = 0; key < keys; ++key) {
-#pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) {
-        Vec<T> score = load<T>(scores + key * kStride + j * kLanes);
-        if constexpr (Policy::kDepth != 1) score *= factor;
-        maximum[j] = vector_max(maximum[j], score);
-      }
-    }
-    // Rescale only when a maximum grew by more than 2^8 (FlashAttention-4's conditional rescaling):
-    // weights then stay below 2^8, far from overflow.
-    IntVector grew{};
-    for (int j = 0; j < kVectors; ++j) grew |= maximum[j] > previous[j] + static_cast<T>(8);
-    if (any_lane(grew)) {
-      Vec<T> shrink[kVectors];
-      for (int j = 0; j < kVectors; ++j) {
-        // A row that is masked so far: any finite reference serves, its sums are 0.
-        const Vec<T> reference = maximum[j] == broadcast(-kInfinity<T>) ? Vec<T>{} : maximum[j];
-        shrink[j] = exp2_vector(previous[j] - reference);
-        sum[j] *= shrink[j];
-        previous[j] = maximum[j];
-        store<T>(tile.maximum + j * kLanes, maximum[j]);
-      }
-      if (tile.started) {
-        for (std::int64_t d = 0; d < value_dim; ++d) {
-          for (int j = 0; j < kVectors; ++j) {
-            T* out = tile.out + d * kStride + j * kLanes;
-            store<T>(out, load<T>(out) * shrink[j]);
-          }
-        }
-      }
-    }
-    Vec<T> reference[kVectors];
-    for (int j = 0; j < kVectors; ++j) {
-      reference[j] = previous[j];
-      if constexpr (kMasked) {
-        reference[j] = previous[j] == broadcast(-kInfinity<T>) ? Vec<T>{} : previous[j];
-      }
-    }
-    for (std::int64_t key = 0; key < keys; ++key) {
-#pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) {
-        T* score = scores + key * kStride + j * kLanes;
-        Vec<T> x = load<T>(score);
-        if constexpr (Policy::kDepth != 1) {
-          x = x * factor - reference[j];
-        } else {
-          x = x - reference[j];
-        }
-        Vec<T> weight = exp2_vector<Policy::kForwardExp2Degree>(x);
-        if constexpr (kMasked)
-          weight = x < static_cast<T>(kNegligibleExponent<T>) ? Vec<T>{} : weight;
-        sum[j] += weight;
-        store<T>(score, weight);
-      }
-    }
-    for (int j = 0; j < kVectors; ++j) store<T>(tile.sum + j * kLanes, sum[j]);
-  }
-
   /// One (tile, block): scores, softmax, weighted values.
   template <int kVectors>
   void process(QueryTile<Policy>& tile, const KeyBlock<Policy>& block, T* scores, TileClass mask,
@@ -246,9 +154,10 @@ struct ForwardKernel {
     const T factor = static_cast<T>(params.scale * kLog2eDouble);
     if (modified) {
       modify_scores(scores, tile, block, mask, diagonal, factor);
-      softmax<kVectors, true>(scores, block.count, tile, shape.value_dim, static_cast<T>(1));
+      online_softmax<Policy, kVectors, true>(scores, block.count, tile, shape.value_dim,
+                                             static_cast<T>(1));
     } else {
-      softmax<kVectors, false>(scores, block.count, tile, shape.value_dim, factor);
+      online_softmax<Policy, kVectors, false>(scores, block.count, tile, shape.value_dim, factor);
     }
     if (dropout.active) {
       drop_weights_of_queries<T>(scores, kStride, block.count, block.first, kVectors, tile.query,
@@ -258,7 +167,7 @@ struct ForwardKernel {
     std::int64_t depth = block.count;
     if constexpr (Policy::kDepth == 2) {
       depth = (block.count + 1) / 2;
-      pair_weights<kVectors>(scores, block.count);
+      pair_weights<Policy, kVectors>(scores, block.count);
     }
     if (tile.started) {
       contract_rows<Policy, kVectors, true>(shape.value_dim, depth, block.value, weights, kStride,
@@ -268,25 +177,6 @@ struct ForwardKernel {
                                              tile.out, kStride);
       tile.started = true;
     }
-  }
-
-  /// Packs neighbouring keys' weights into bf16 pairs, in place.
-  template <int kVectors>
-  static void pair_weights(T* scores, std::int64_t keys) {
-#if defined(TORCH_EXT_HAS_BF16_DOT)
-    constexpr int kStride = kVectors * kLanes;
-    for (std::int64_t key = 0; key < keys; key += 2) {
-      for (int j = 0; j < kVectors; ++j) {
-        const Vec<T> low = load<T>(scores + key * kStride + j * kLanes);
-        const Vec<T> high =
-            key + 1 < keys ? load<T>(scores + (key + 1) * kStride + j * kLanes) : Vec<T>{};
-        store<std::uint32_t>(scores + key / 2 * kStride + j * kLanes, pack_bf16_pairs(low, high));
-      }
-    }
-#else
-    (void)scores;
-    (void)keys;
-#endif
   }
 
   /// Normalises and writes out and logsumexp.
@@ -313,34 +203,8 @@ struct ForwardKernel {
       const std::int64_t row = first_row + lane;
       const std::int64_t head = kv_head * heads + row % heads;
       logsumexp[(batch * shape.query_heads + head) * shape.q_len + row / heads] =
-          log_sum(tile.maximum[lane], tile.sum[lane]);
+          KeySplits<Policy>::log_sum(tile.maximum[lane], tile.sum[lane]);
     }
-  }
-
-  static T log_sum(T maximum, T sum) {
-    if (sum == 0) return -kInfinity<T>;
-    if constexpr (sizeof(T) == 8) return maximum * kLn2 + __builtin_log(sum);
-    return static_cast<T>(maximum * kLn2 + __builtin_logf(static_cast<float>(sum)));
-  }
-
-  /// Leaves a split's unnormalised result for combine().
-  void store_partial(const QueryTile<Policy>& tile, T* partial) const {
-    const std::int64_t width = params.shape.value_dim + 2;
-    const int stride = tile.vectors * kLanes;
-    for (std::int64_t lane = 0; lane < tile.count; ++lane) {
-      T* row = partial + lane * width;
-      for (std::int64_t d = 0; d < params.shape.value_dim; ++d) {
-        row[d] = tile.started ? tile.out[d * stride + lane] : static_cast<T>(0);
-      }
-      row[width - 2] = tile.maximum[lane];
-      row[width - 1] = tile.sum[lane];
-    }
-  }
-
-  T* partial_of(std::int64_t pair, std::int64_t split, std::int64_t row) const {
-    const std::int64_t width = params.shape.value_dim + 2;
-    return reinterpret_cast<T*>(workspace + plan.partial_offset) +
-           ((pair * plan.kv_splits + split) * plan.rows + row) * width;
   }
 
   void run_task(int worker, std::int64_t pair, std::int64_t row_tile, std::int64_t split) const {
@@ -420,7 +284,7 @@ struct ForwardKernel {
     for (int t = 0; t < num_tiles; ++t) {
       const std::int64_t row = first_row + t * kSubTile;
       if (plan.kv_splits > 1) {
-        store_partial(tiles[t], partial_of(pair, split, row));
+        splits.store(tiles[t], splits.partial_of(pair, split, row));
       } else {
         finish(tiles[t], row, batch, kv_head);
       }
@@ -462,47 +326,6 @@ struct ForwardKernel {
                       .over_rows;
     block.key.far = block.value.far = params.dtype == kNativeType<Policy>;
   }
-
-  /// Joins the splits of one row in their order.
-  void combine_row(std::int64_t pair, std::int64_t row) const {
-    const AttentionShape& shape = params.shape;
-    const std::int64_t width = shape.value_dim + 2;
-    const std::int64_t heads = group();
-    const std::int64_t batch = pair / shape.kv_heads;
-    const std::int64_t head = pair % shape.kv_heads * heads + row % heads;
-    const std::int64_t query = row / heads;
-    T maximum = -kInfinity<T>;
-    for (std::int64_t split = 0; split < plan.kv_splits; ++split) {
-      const T candidate = partial_of(pair, split, row)[width - 2];
-      maximum = candidate > maximum || candidate != candidate ? candidate : maximum;
-    }
-    const T reference = maximum == -kInfinity<T> ? static_cast<T>(0) : maximum;
-    T sum = 0;
-    T* joined = partial_of(pair, 0, row);
-    for (std::int64_t split = 0; split < plan.kv_splits; ++split) {
-      const T* partial = partial_of(pair, split, row);
-      const T weight = exp2_vector(broadcast(partial[width - 2] - reference))[0];
-      sum += weight * partial[width - 1];
-      for (std::int64_t d = 0; d < shape.value_dim; ++d) {
-        joined[d] = split == 0 ? weight * partial[d] : joined[d] + weight * partial[d];
-      }
-    }
-    const Vec<T> inverse =
-        broadcast(sum == 0 ? static_cast<T>(0) : static_cast<T>(dropout.scale) / sum);
-    const std::int64_t offset =
-        slice_offset(params.out, shape.batch_sizes, batch, head) + query * params.out.row_stride;
-    for (std::int64_t d = 0; d < shape.value_dim; d += kLanes) {
-      const std::int64_t count = min_of(shape.value_dim - d, kLanes);
-      store_elements<T>(
-          element_at(params.out.data, params.dtype, offset + d * params.out.col_stride),
-          params.dtype, params.out.col_stride, count,
-          load_elements<T>(joined + d, kNativeType<Policy>, 1, count) * inverse);
-    }
-    if (params.logsumexp != nullptr) {
-      static_cast<T*>(params.logsumexp)[(batch * shape.query_heads + head) * shape.q_len + query] =
-          log_sum(maximum, sum);
-    }
-  }
 };
 
 /// Runs the plan: mask map, tasks (longest first where causal), then the join of the splits.
@@ -523,7 +346,7 @@ static void run_forward(const AttentionForwardParams& params, const ForwardPlan&
             });
   if (plan.kv_splits > 1) {
     run_tasks(runner, plan.pairs * plan.rows, [&kernel, &plan](int, std::int64_t task) {
-      kernel.combine_row(task / plan.rows, task % plan.rows);
+      kernel.splits.combine_row(task / plan.rows, task % plan.rows);
     });
   }
 }

@@ -1,0 +1,80 @@
+// Keys split over several tasks (Dao et al., Flash-Decoding): each leaves its unnormalised result,
+// and these are joined in their order, so that results do not depend on who ran them.
+
+template <typename Policy>
+struct KeySplits {
+  using T = typename Policy::Compute;
+  static constexpr int kLanes = Simd<T>::kLanes;
+
+  const AttentionForwardParams& params;
+  const ForwardPlan& plan;
+  char* workspace;
+  const DropoutState& dropout;
+
+  static T log_sum(T maximum, T sum) {
+    if (sum == 0) return -kInfinity<T>;
+    if constexpr (sizeof(T) == 8) return maximum * kLn2 + __builtin_log(sum);
+    return static_cast<T>(maximum * kLn2 + __builtin_logf(static_cast<float>(sum)));
+  }
+
+  /// Leaves a split's unnormalised result for combine().
+  void store(const QueryTile<Policy>& tile, T* partial) const {
+    const std::int64_t width = params.shape.value_dim + 2;
+    const int stride = tile.vectors * kLanes;
+    for (std::int64_t lane = 0; lane < tile.count; ++lane) {
+      T* row = partial + lane * width;
+      for (std::int64_t d = 0; d < params.shape.value_dim; ++d) {
+        row[d] = tile.started ? tile.out[d * stride + lane] : static_cast<T>(0);
+      }
+      row[width - 2] = tile.maximum[lane];
+      row[width - 1] = tile.sum[lane];
+    }
+  }
+
+  T* partial_of(std::int64_t pair, std::int64_t split, std::int64_t row) const {
+    const std::int64_t width = params.shape.value_dim + 2;
+    return reinterpret_cast<T*>(workspace + plan.partial_offset) +
+           ((pair * plan.kv_splits + split) * plan.rows + row) * width;
+  }
+
+  /// Joins the splits of one row in their order.
+  void combine_row(std::int64_t pair, std::int64_t row) const {
+    const AttentionShape& shape = params.shape;
+    const std::int64_t width = shape.value_dim + 2;
+    const std::int64_t heads = params.shape.group();
+    const std::int64_t batch = pair / shape.kv_heads;
+    const std::int64_t head = pair % shape.kv_heads * heads + row % heads;
+    const std::int64_t query = row / heads;
+    T maximum = -kInfinity<T>;
+    for (std::int64_t split = 0; split < plan.kv_splits; ++split) {
+      const T candidate = partial_of(pair, split, row)[width - 2];
+      maximum = candidate > maximum || candidate != candidate ? candidate : maximum;
+    }
+    const T reference = maximum == -kInfinity<T> ? static_cast<T>(0) : maximum;
+    T sum = 0;
+    T* joined = partial_of(pair, 0, row);
+    for (std::int64_t split = 0; split < plan.kv_splits; ++split) {
+      const T* partial = partial_of(pair, split, row);
+      const T weight = exp2_vector(broadcast(partial[width - 2] - reference))[0];
+      sum += weight * partial[width - 1];
+      for (std::int64_t d = 0; d < shape.value_dim; ++d) {
+        joined[d] = split == 0 ? weight * partial[d] : joined[d] + weight * partial[d];
+      }
+    }
+    const Vec<T> inverse =
+        broadcast(sum == 0 ? static_cast<T>(0) : static_cast<T>(dropout.scale) / sum);
+    const std::int64_t offset =
+        slice_offset(params.out, shape.batch_sizes, batch, head) + query * params.out.row_stride;
+    for (std::int64_t d = 0; d < shape.value_dim; d += kLanes) {
+      const std::int64_t count = min_of(shape.value_dim - d, kLanes);
+      store_elements<T>(
+          element_at(params.out.data, params.dtype, offset + d * params.out.col_stride),
+          params.dtype, params.out.col_stride, count,
+          load_elements<T>(joined + d, kNativeType<Policy>, 1, count) * inverse);
+    }
+    if (params.logsumexp != nullptr) {
+      static_cast<T*>(params.logsumexp)[(batch * shape.query_heads + head) * shape.q_len + query] =
+          log_sum(maximum, sum);
+    }
+  }
+};
