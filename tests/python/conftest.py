@@ -23,6 +23,26 @@ def _seeded() -> None:
     torch.manual_seed(20240607)
 
 
+def devices() -> tuple[str, ...]:
+    """The devices whose kernels this build and this machine have."""
+    has_kernels = torch._C._dispatch_has_kernel_for_dispatch_key("torch_ext::grad_stats", "CUDA")
+    return ("cpu", "cuda") if has_kernels and torch.cuda.is_available() else ("cpu",)
+
+
+@pytest.fixture(params=devices())
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once on each device; where there is no GPU, nothing of it is there to skip.
+
+    Tensors that the test makes without naming a device are on this one. A test of the CPU alone in a
+    module that uses the fixture: ``@pytest.mark.parametrize("device", ["cpu"], indirect=True)``.
+    """
+    if request.param == "cpu":
+        yield "cpu"
+        return
+    with torch.device(request.param):
+        yield request.param
+
+
 @pytest.fixture
 def set_num_threads() -> Iterator[Callable[[int], None]]:
     """torch.set_num_threads, undone after the test."""
