@@ -10,7 +10,10 @@ from types import ModuleType
 import pytest
 from checkout_copy import ROOT
 
-_NAME = "_ZN9torch_ext4cuda14program_kernelINS0_17AccumulateProgramILi3840EEENS0_9ListBlockEEEvNT_4ArgsE"
+_NAME = (
+    "_ZN9torch_ext4cuda14program_kernelINS0_17AccumulateProgramILi3840EEENS0_9ListBlock"
+    "EEEvNT_4ArgsE"
+)
 _DEMANGLED = (
     "void torch_ext::cuda::program_kernel<torch_ext::cuda::AccumulateProgram<3840>, "
     "torch_ext::cuda::ListBlock>(torch_ext::cuda::AccumulateProgram<3840>::Args)"
