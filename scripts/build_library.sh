@@ -14,7 +14,7 @@ mkdir -p "$BUILD"
 if ! cmake -S . -B "$BUILD" -G Ninja \
   -DCMAKE_BUILD_TYPE=Release \
   -DCMAKE_PREFIX_PATH="$torch${TORCH_EXT_PREFIX:+;$TORCH_EXT_PREFIX}" \
-  -DCMAKE_CXX_COMPILER_LAUNCHER="$launcher" \
+  -DCMAKE_CXX_COMPILER_LAUNCHER="$launcher" -DCMAKE_CUDA_COMPILER_LAUNCHER="$launcher" \
   -DPython_EXECUTABLE="$(command -v python)" \
   -DTORCH_EXT_PYTHON=ON -DTORCH_EXT_INPLACE=ON \
   "$@" >"$BUILD/configure.log" 2>&1; then
