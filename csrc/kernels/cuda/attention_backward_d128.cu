@@ -1,4 +1,5 @@
-// SASS AttentionBackwardKeysProgram: HMMA LDGSTS LDSM
+// SASS AttentionBackwardKeysProgram<torch_ext::cuda::Bf16, 128, false>: HMMA LDGSTS.*128 LDSM
+// SASS AttentionBackwardKeysProgram<torch_ext::cuda::Fp16, 128, false>: HMMA LDGSTS.*128 LDSM
 #include "attention_backward_keys.cuh"
 #include "attention_mask_gradient.cuh"
 #include "attention_programs.cuh"

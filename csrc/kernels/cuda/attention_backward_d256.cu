@@ -1,4 +1,3 @@
-// SASS AttentionBackwardKeysProgram: HMMA LDGSTS LDSM
 #include "attention_backward_keys.cuh"
 #include "attention_mask_gradient.cuh"
 #include "attention_programs.cuh"

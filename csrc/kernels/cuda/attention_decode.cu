@@ -1,4 +1,4 @@
-// SASS AttentionDecodeProgram: HMMA LDGSTS LDSM
+// SASS AttentionDecodeProgram: HMMA LDGSTS.*128 LDSM
 #include "attention_combine.cuh"
 #include "attention_decode_tile.cuh"
 #include "attention_programs.cuh"

@@ -1,4 +1,3 @@
-// SASS AttentionForwardProgram: HMMA LDGSTS LDSM
 #include "attention_forward_tile.cuh"
 #include "attention_programs.cuh"
 

@@ -2,6 +2,7 @@
 // owns; destroying the library restores torch's kernels.
 #pragma once
 
+#include <ATen/ops/_native_multi_head_attention_native.h>
 #include <torch/library.h>
 
 #include <vector>
@@ -14,5 +15,10 @@ void override_attention(std::vector<torch::Library>& libraries);
 /// aten::_native_multi_head_attention at the dense and nested keys: what the inference fast paths
 /// of nn.MultiheadAttention, nn.TransformerEncoderLayer and nn.TransformerEncoder end in.
 void override_multi_head_attention(std::vector<torch::Library>& libraries);
+
+/// torch's own kernel of aten::_native_multi_head_attention on CUDA devices, where a call stays
+/// torch's. Set by sdpa_override_multi_head_cuda.cpp, which only a build with CUDA has; else null.
+using TorchMultiHeadAttention = decltype(&at::native::native_multi_head_attention_cpu);
+extern TorchMultiHeadAttention torch_cuda_multi_head_attention;
 
 }  // namespace torch_ext

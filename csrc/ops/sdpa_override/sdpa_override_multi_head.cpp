@@ -2,7 +2,6 @@
 // and through aten::_transformer_encoder_layer_fwd that of nn.TransformerEncoderLayer and
 // nn.TransformerEncoder, which hands over nested tensors when it has a padding mask.
 #include <ATen/NestedTensorImpl.h>
-#include <ATen/ops/_native_multi_head_attention_native.h>
 #include <ATen/ops/_nested_from_padded.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/linear.h>
@@ -17,6 +16,9 @@
 #include "torch_backend_choice.h"
 
 namespace torch_ext {
+
+TorchMultiHeadAttention torch_cuda_multi_head_attention = nullptr;
+
 namespace {
 
 // Which of the two masks of self_attention a mask of the fast path is. The fast path's masks are
@@ -113,16 +115,11 @@ std::tuple<at::Tensor, at::Tensor> torch_multi_head_attention(
     std::int64_t num_heads, const at::Tensor& qkv_weight, const at::Tensor& qkv_bias,
     const at::Tensor& proj_weight, const at::Tensor& proj_bias, const OptionalTensor& mask,
     bool need_weights, bool average_attn_weights, std::optional<std::int64_t> mask_type) {
-#ifdef TORCH_EXT_CUDA
-  if (query.is_cuda()) {
-    return at::native::native_multi_head_attention_cuda(
-        query, key, value, embed_dim, num_heads, qkv_weight, qkv_bias, proj_weight, proj_bias, mask,
-        need_weights, average_attn_weights, mask_type);
-  }
-#endif
-  return at::native::native_multi_head_attention_cpu(
-      query, key, value, embed_dim, num_heads, qkv_weight, qkv_bias, proj_weight, proj_bias, mask,
-      need_weights, average_attn_weights, mask_type);
+  const TorchMultiHeadAttention run = query.is_cuda()
+                                          ? torch_cuda_multi_head_attention
+                                          : &at::native::native_multi_head_attention_cpu;
+  return run(query, key, value, embed_dim, num_heads, qkv_weight, qkv_bias, proj_weight, proj_bias,
+             mask, need_weights, average_attn_weights, mask_type);
 }
 
 std::tuple<at::Tensor, at::Tensor> dense_multi_head_attention(
@@ -205,11 +202,9 @@ void override_multi_head_attention(std::vector<torch::Library>& libraries) {
     add(nested).impl("_native_multi_head_attention", TORCH_FN(nested_multi_head_attention));
   };
   override_device(c10::DispatchKey::CPU, c10::DispatchKey::NestedTensorCPU);
-#ifdef TORCH_EXT_CUDA
-  if (has_kernels_for(c10::kCUDA)) {
+  if (torch_cuda_multi_head_attention != nullptr && has_kernels_for(c10::kCUDA)) {
     override_device(c10::DispatchKey::CUDA, c10::DispatchKey::NestedTensorCUDA);
   }
-#endif
 }
 
 }  // namespace torch_ext

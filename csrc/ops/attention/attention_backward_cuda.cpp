@@ -1,0 +1,126 @@
+// torch_ext::attention_backward on CUDA devices.
+#include <ATen/Context.h>
+#include <c10/cuda/CUDACachingAllocator.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include "../../kernels/cuda/attention_kernels.h"
+#include "../tensor_params.h"
+#include "attention_backward_outputs.h"
+#include "attention_call.h"
+#include "attention_checks.h"
+#include "attention_cuda.h"
+#include "attention_operators.h"
+#include "attention_path.h"
+
+namespace torch_ext {
+namespace {
+
+StridedView wanted_view(const at::Tensor& tensor) {
+  return tensor.defined() ? mutable_strided_view(tensor) : StridedView{};
+}
+
+std::size_t shared_memory_limit(c10::DeviceIndex device) {
+  int bytes = 0;
+  C10_CUDA_CHECK(
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return static_cast<std::size_t>(bytes);
+}
+
+}  // namespace
+
+void run_attention_backward_cuda(const AttentionArguments& arguments, std::int64_t causal_offset,
+                                 const AttentionGradients& gradients,
+                                 const AttentionGeometry<std::int64_t>& geometry,
+                                 const AttentionGradientOutputs& outputs) {
+  const c10::cuda::CUDAGuard guard(arguments.query.device());
+  if (has_no_scores(geometry)) {
+    for (const at::Tensor* grad : {&outputs.query, &outputs.key, &outputs.value, &outputs.mask}) {
+      if (grad->defined()) grad->zero_();
+    }
+    return record_attention_path("cuda.empty");
+  }
+  // The kernels read these two as the forward pass writes them: contiguous.
+  const c10::MaybeOwned<at::Tensor> logsumexp = gradients.logsumexp.expect_contiguous();
+  c10::MaybeOwned<at::Tensor> grad_logsumexp;
+  if (gradients.grad_logsumexp != nullptr) {
+    grad_logsumexp = gradients.grad_logsumexp->expect_contiguous();
+  }
+  const at::Tensor query = with_unit_columns(arguments.query);
+  const at::Tensor key = with_unit_columns(arguments.key);
+  const at::Tensor value = with_unit_columns(arguments.value);
+  const at::Tensor grad_out = with_unit_columns(gradients.grad_out);
+  const AttentionBackwardParams params{.dtype = kernel_scalar_type(query.scalar_type()),
+                                       .shape = attention_shape(geometry),
+                                       .query = strided_view(query),
+                                       .key = strided_view(key),
+                                       .value = strided_view(value),
+                                       .out = strided_view(gradients.out),
+                                       .grad_out = strided_view(grad_out),
+                                       .logsumexp = logsumexp->const_data_ptr(),
+                                       .grad_logsumexp = gradients.grad_logsumexp == nullptr
+                                                             ? nullptr
+                                                             : grad_logsumexp->const_data_ptr(),
+                                       .grad_query = wanted_view(outputs.query),
+                                       .grad_key = wanted_view(outputs.key),
+                                       .grad_value = wanted_view(outputs.value),
+                                       .grad_mask = wanted_view(outputs.mask),
+                                       .scale = attention_scale(arguments, geometry.head_dim),
+                                       .masking = attention_masking(arguments, causal_offset),
+                                       .dropout = attention_dropout(arguments)};
+  const cuda::CudaBackwardSchedule schedule = cuda::schedule_backward(
+      params, {.deterministic = at::globalContext().deterministicAlgorithms(),
+               .shared_limit = shared_memory_limit(query.device().index())});
+  const at::DataPtr workspace =
+      c10::cuda::CUDACachingAllocator::get()->allocate(schedule.total_bytes);
+  const cuda::AttentionLaunch launch = cuda::attention_backward(
+      schedule, workspace.get(), c10::cuda::getCurrentCUDAStream().stream());
+  C10_CUDA_CHECK(launch.status);
+  record_attention_path(launch.path);
+}
+
+namespace {
+
+BackwardResult attention_backward_cuda(
+    const at::Tensor& grad_out, const OptionalTensor& grad_logsumexp, const at::Tensor& query,
+    const at::Tensor& key, const at::Tensor& value, const at::Tensor& out,
+    const at::Tensor& logsumexp, const OptionalTensor& attn_mask, double dropout_p, bool is_causal,
+    std::optional<double> scale, bool enable_gqa, std::int64_t causal_offset,
+    const OptionalTensor& key_padding_mask, const OptionalTensor& dropout_seed,
+    std::array<bool, 4> output_mask) {
+  const AttentionArguments arguments{.query = query,
+                                     .key = key,
+                                     .value = value,
+                                     .attn_mask = given(attn_mask),
+                                     .dropout_p = dropout_p,
+                                     .is_causal = is_causal,
+                                     .scale = scale,
+                                     .enable_gqa = enable_gqa,
+                                     .key_padding_mask = given(key_padding_mask),
+                                     .dropout_seed = given(dropout_seed)};
+  const AttentionGradients gradients{.grad_out = grad_out,
+                                     .grad_logsumexp = given(grad_logsumexp),
+                                     .out = out,
+                                     .logsumexp = logsumexp,
+                                     .output_mask = output_mask};
+  constexpr const char* kOp = "attention_backward";
+  const auto geometry = check_attention<std::int64_t>(kOp, arguments, SeedArgument::kRequired);
+  check_attention_gradients(kOp, arguments, gradients, geometry);
+  const AttentionGradientOutputs outputs =
+      attention_gradient_outputs(arguments, output_mask, geometry);
+  if (outputs.query.defined() || outputs.key.defined() || outputs.value.defined() ||
+      outputs.mask.defined()) {
+    run_attention_backward_cuda(arguments, causal_offset, gradients, geometry, outputs);
+  }
+  return reduced_gradients(arguments, outputs);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(torch_ext, CUDA, m) {
+  m.impl("attention_backward", TORCH_FN(attention_backward_cuda));
+}
+
+}  // namespace torch_ext
