@@ -13,6 +13,8 @@
 namespace torch_ext {
 namespace {
 
+constexpr const char* kEmbedding = "torch_ext::embedding_wgrad_: ";
+
 /// Threads for so many multiplications and so many bytes of weight: waking one costs some 5 us.
 std::int64_t contraction_workers(std::int64_t tokens, std::int64_t weights) {
   return 1 + (weights >> 15) + (tokens * weights >> 19);
