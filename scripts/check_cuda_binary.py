@@ -59,6 +59,12 @@ class Kernel:
     opcodes: dict[str, int] = field(default_factory=dict)
 
 
+def listed_sources() -> list[Path]:
+    """The .cu files that a build compiles."""
+    lines = (ROOT / "csrc" / "sources_cuda.txt").read_text().splitlines()
+    return [ROOT / "csrc" / line for line in lines if line.endswith(".cu")]
+
+
 def parse_declarations(sources: Iterable[Path]) -> list[Declaration]:
     """All ``// SASS`` lines of some files."""
     found = []
@@ -225,19 +231,23 @@ def short_name(name: str) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("binaries", nargs="+", type=Path, help="objects, libraries or cubins")
-    parser.add_argument("--sources", type=Path, default=ROOT / "csrc" / "kernels" / "cuda")
+    parser.add_argument("--sources", type=Path, help="a folder; else those of sources_cuda.txt")
     parser.add_argument("--ptxas-report", type=Path, help="output of a build with -Xptxas -v")
+    parser.add_argument("--all", action="store_true", help="list the other kernels too")
     options = parser.parse_args(arguments)
+    sources = listed_sources() if options.sources is None else sorted(options.sources.glob("*.cu"))
     try:
-        declarations = parse_declarations(sorted(options.sources.glob("*.cu")))
+        declarations = parse_declarations(sources)
         if not declarations:
-            raise CheckError(f"no .cu file in {options.sources} has a // SASS line")
+            raise CheckError("no .cu file has a // SASS line")
         kernels = read_kernels(options.binaries, options.ptxas_report)
     except CheckError as error:
         print(f"check_cuda_binary: {error}", file=sys.stderr)
         return 1
     for kernel in sorted(kernels, key=lambda k: (short_name(k.name), k.name, k.architecture)):
         hot = any(names_program(kernel, declaration.program) for declaration in declarations)
+        if not hot and not options.all:
+            continue
         print(
             f"{'hot ' if hot else '    '}{short_name(kernel.name):45} sm_{kernel.architecture:5}"
             f"{kernel.registers:4} registers {kernel.stack:4} B stack {kernel.spills:4} B spilled"

@@ -277,9 +277,9 @@ struct AdamCountProgram {
 
 template <int kListBytes>
 struct AdamStepProgram {
-  static constexpr int kThreads = 256;
+  static constexpr int kThreads = 128;
   static constexpr int kSharedBytes = 0;
-  static constexpr int kBlocksPerUnit = 3;
+  static constexpr int kBlocksPerUnit = 5;
 
   using List = TensorList<kAdamOperands, kListBytes>;
   using Chunks = StepChunks<AdamArithmetic, List, kThreads>;
@@ -312,7 +312,7 @@ template <int kListBytes>
 struct SgdStepProgram {
   static constexpr int kThreads = 256;
   static constexpr int kSharedBytes = 0;
-  static constexpr int kBlocksPerUnit = 4;
+  static constexpr int kBlocksPerUnit = 3;
 
   using List = TensorList<kSgdOperands, kListBytes>;
   using Chunks = StepChunks<SgdArithmetic, List, kThreads>;
