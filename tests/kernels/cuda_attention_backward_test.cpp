@@ -7,14 +7,14 @@
 #include "attention_case_list.h"
 #include "attention_check.h"
 #include "cuda_case_list.h"
-#include "emulated_cuda_kernels.h"
+#include "fiber_cuda_kernels.h"
 
 namespace torch_ext::testing {
 namespace {
 
 void check_each_dtype(CaseList (*cases)(ScalarType), std::size_t step) {
   for (const ScalarType dtype : kAllDtypes) {
-    check_cases(kEmulatedCudaKernels, every(step, cases(dtype)), /*forward_only=*/false);
+    check_cases(kFiberCudaKernels, every(step, cases(dtype)), /*forward_only=*/false);
   }
 }
 
@@ -45,10 +45,10 @@ CaseList tensor_core_cases() {
 }
 
 TEST(CudaAttentionBackward, TensorCoreTiles) {
-  check_cases(kEmulatedCudaKernels, tensor_core_cases(), /*forward_only=*/false);
+  check_cases(kFiberCudaKernels, tensor_core_cases(), /*forward_only=*/false);
 }
 TEST(CudaAttentionBackward, DeterministicTensorCoreTiles) {
-  check_cases(kEmulatedDeterministicCudaKernels, every(2, tensor_core_cases()),
+  check_cases(kFiberDeterministicCudaKernels, every(2, tensor_core_cases()),
               /*forward_only=*/false);
 }
 TEST(CudaAttentionBackward, TileEdges) { check_each_dtype(tile_edge_cases, 19); }
@@ -63,8 +63,8 @@ TEST(CudaAttentionBackward, KeyPadding) { check_each_dtype(key_padding_cases, 3)
 TEST(CudaAttentionBackward, Scales) { check_each_dtype(scale_cases, 2); }
 TEST(CudaAttentionBackward, Dropout) { check_each_dtype(dropout_cases, 4); }
 TEST(CudaAttentionBackward, Random) {
-  check_cases(kEmulatedCudaKernels, every(12, random_cases(2026, 600)), /*forward_only=*/false);
-  check_cases(kEmulatedDeterministicCudaKernels, every(17, random_cases(2027, 600)),
+  check_cases(kFiberCudaKernels, every(12, random_cases(2026, 600)), /*forward_only=*/false);
+  check_cases(kFiberDeterministicCudaKernels, every(17, random_cases(2027, 600)),
               /*forward_only=*/false);
 }
 

@@ -6,14 +6,14 @@
 #include "attention_case_list.h"
 #include "attention_check.h"
 #include "cuda_case_list.h"
-#include "emulated_cuda_kernels.h"
+#include "fiber_cuda_kernels.h"
 
 namespace torch_ext::testing {
 namespace {
 
 void check_each_dtype(CaseList (*cases)(ScalarType), std::size_t step) {
   for (const ScalarType dtype : kAllDtypes) {
-    check_cases(kEmulatedCudaKernels, every(step, cases(dtype)), /*forward_only=*/true);
+    check_cases(kFiberCudaKernels, every(step, cases(dtype)), /*forward_only=*/true);
   }
 }
 
@@ -53,7 +53,7 @@ TEST(CudaAttentionForward, TensorCoreTiles) {
       }
     }
   }
-  check_cases(kEmulatedCudaKernels, numbered(cases), /*forward_only=*/true);
+  check_cases(kFiberCudaKernels, numbered(cases), /*forward_only=*/true);
 }
 
 }  // namespace

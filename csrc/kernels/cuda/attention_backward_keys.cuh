@@ -1,22 +1,17 @@
 // FlashAttention's backward pass on tensor cores: a block takes a tile of keys and streams the
 // queries of all heads that share them. Scores are computed transposed,
 //   S^T (keys, queries) = K Q^T,  dP^T = V dO^T,
-// so that P^T and dS^T leave the accumulators as left operands of dV += P^T dO and dK += dS^T Q; dS^T
-// goes through shared memory once, for dQ += dS K.
+// so that P^T and dS^T leave the accumulators as left operands of dV += P^T dO and dK += dS^T Q;
+// dS^T goes through shared memory once, for dQ += dS K.
 #pragma once
 
+#include "attention_grad_query_sum.cuh"
 #include "attention_row_stats.cuh"
 #include "dropout_bits.cuh"
 #include "score_mask.cuh"
 #include "tensor_core_tile.cuh"
 
 namespace torch_ext::cuda {
-
-/// Element e of lane `lane` in a (16, 8) piece of the sum of dQ: whole sectors for each instruction.
-template <bool kWide>
-TORCH_EXT_HOST_DEVICE constexpr int sum_place(int lane, int e) {
-  return kWide ? lane * 4 + e : e * kWarpSize + lane;
-}
 
 template <typename Element_, int kDim_, bool kGeneral_>
 struct AttentionBackwardKeysProgram {
@@ -27,8 +22,8 @@ struct AttentionBackwardKeysProgram {
   // 128 keys a block where registers and shared memory of every architecture allow it.
   static constexpr int kWarps = kDim == 128 && !kGeneral ? 8 : 4;
   static constexpr int kThreads = kWarps * kWarpSize;
-  static constexpr int kMTiles = kDim == 64 ? 2 : 1;      // of 16 keys, per warp
-  static constexpr int kDimParts = kDim == 256 ? 2 : 1;   // warps that share keys, not columns
+  static constexpr int kMTiles = kDim == 64 ? 2 : 1;     // of 16 keys, per warp
+  static constexpr int kDimParts = kDim == 256 ? 2 : 1;  // warps that share keys, not columns
   static constexpr int kKeys = kWarps / kDimParts * kMTiles * 16;
   static constexpr int kQueries = kDim == 256 ? 32 : 64;
   // Queries whose scores are in registers, beside 128 of sums in two.
@@ -80,8 +75,8 @@ struct AttentionBackwardKeysProgram {
         args.masking.is_causal
             ? max_of<std::int64_t>(place.first_key - args.masking.causal_offset, 0)
             : 0;
-    place.first_tile = static_cast<int>(
-        min_of<std::int64_t>(first_query / kQueries, place.query_tiles));
+    place.first_tile =
+        static_cast<int>(min_of<std::int64_t>(first_query / kQueries, place.query_tiles));
     place.steps = place.query_tiles * static_cast<int>(shape.group);
     return place;
   }
@@ -103,11 +98,10 @@ struct AttentionBackwardKeysProgram {
 
     const auto bits_of = [&](int step) {
       const int first_query = step % place.query_tiles * kQueries;
-      return tile_bits(
-          args.masking.map, map + step / place.query_tiles * args.masking.map.head_stride,
-          first_query,
-          min_of(first_query + kQueries, static_cast<int>(shape.q_len)) - 1, 1, place.first_key,
-          place.first_key + place.keys - 1);
+      return tile_bits(args.masking.map,
+                       map + step / place.query_tiles * args.masking.map.head_stride, first_query,
+                       min_of(first_query + kQueries, static_cast<int>(shape.q_len)) - 1, 1,
+                       place.first_key, place.first_key + place.keys - 1);
     };
     const auto next_step = [&](int step) {
       while (step < place.steps) {
@@ -140,8 +134,7 @@ struct AttentionBackwardKeysProgram {
         const int chunk = block.thread() % kStatChunks;
         const float* stats = static_cast<const float*>(args.row_stats) +
                              (std::int64_t{first_slice + head} * 2 + which) * args.padded_rows +
-                             first +
-                             chunk * 4;
+                             first + chunk * 4;
         block.copy_async(kStats + stage * kStatsBytes +
                              static_cast<std::uint32_t>((which * kQueries + chunk * 4) * 4),
                          stats, true);
@@ -309,8 +302,7 @@ struct AttentionBackwardKeysProgram {
 
   template <typename Block>
   TORCH_EXT_DEVICE static void add_masks(Block& block, const Args& args, const Place& place,
-                                         int head, int first_key, int first_query,
-                                         Scores& scores) {
+                                         int head, int first_key, int first_query, Scores& scores) {
     const DeviceMasking& masking = args.masking;
     const DeviceShape& shape = args.shape;
     const std::int64_t mask_start =
@@ -327,9 +319,9 @@ struct AttentionBackwardKeysProgram {
             const int query = first_query + 8 * n + e % 2;
             if (key >= shape.kv_len || query >= shape.q_len) continue;
             float& score = scores[m][n][e];
-            score = masked_score(block, masking, mask, score,
-                                 mask_start + query * masking.mask.row_stride +
-                                     key * masking.mask.col_stride);
+            score = masked_score(
+                block, masking, mask, score,
+                mask_start + query * masking.mask.row_stride + key * masking.mask.col_stride);
             score = padded_score(block, masking, score,
                                  padding_start + key * masking.padding.col_stride);
           }
@@ -350,9 +342,9 @@ struct AttentionBackwardKeysProgram {
         const int row = key_row + 16 * m + 8 * half + lane / 4;
         TORCH_EXT_UNROLL
         for (int n = 0; n < kScoreTiles; ++n) {
-          block.template shared<std::uint32_t>(
-              kGradScoreTile + swizzled<kGradCols>(row, chunk / 8 + n) +
-              static_cast<std::uint32_t>(lane % 4 * 4)) =
+          block.template shared<std::uint32_t>(kGradScoreTile +
+                                               swizzled<kGradCols>(row, chunk / 8 + n) +
+                                               static_cast<std::uint32_t>(lane % 4 * 4)) =
               block.pack(Element{}, grads[m][n][2 * half], grads[m][n][2 * half + 1]);
         }
       }
@@ -411,43 +403,6 @@ struct AttentionBackwardKeysProgram {
                               gradient[m][n][2 * half] * factor,
                               gradient[m][n][2 * half + 1] * factor);
         }
-      }
-    }
-  }
-};
-
-/// Brings the sum of dQ into its dtype and place: 16 queries a block.
-template <typename Element>
-struct AttentionGradQuerySumProgram {
-  using Args = AttentionBackwardArgs;
-  static constexpr int kThreads = 128;
-  static constexpr int kSharedBytes = 0;
-  static constexpr int kBlocksPerUnit = 1;
-
-  template <typename Block>
-  TORCH_EXT_DEVICE static void run(Block& block, const Args& args) {
-    const DeviceShape& shape = args.shape;
-    const std::int64_t tiles = args.padded_rows / 16;
-    const std::int64_t slice = block.index() / tiles;
-    const std::int64_t first_query = block.index() % tiles * 16;
-    // The columns that the tiles were padded to.
-    const std::int64_t pieces = args.dim_chunks;
-    const float* sum = args.grad_query_sum + block.index() * pieces * 128;
-    const std::int64_t start = slice_start(args.grad_query, shape, slice / shape.query_heads,
-                                           slice % shape.query_heads);
-    const float factor = static_cast<float>(args.scale);
-    for (int place = block.thread(); place < pieces * kWarpSize; place += kThreads) {
-      const int piece = place / kWarpSize;
-      const int lane = place % kWarpSize;
-      TORCH_EXT_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const std::int64_t query = first_query + 8 * half + lane / 4;
-        if (query >= shape.q_len) continue;
-        constexpr bool kWide = Block::kWideAtomics;
-        store_pair<Element>(block, args.grad_query, start + query * args.grad_query.row_stride,
-                            8 * piece + lane % 4 * 2, static_cast<int>(shape.head_dim),
-                            sum[piece * 128 + sum_place<kWide>(lane, 2 * half)] * factor,
-                            sum[piece * 128 + sum_place<kWide>(lane, 2 * half + 1)] * factor);
       }
     }
   }

@@ -132,9 +132,8 @@ const char* launch_backward(const CudaBackwardSchedule& schedule, void* workspac
       launches.template scalar<float, float>();
       break;
     default:
-      with_half_type(schedule.dtype, [&](auto element) {
-        launches.template scalar<decltype(element), float>();
-      });
+      with_half_type(schedule.dtype,
+                     [&](auto element) { launches.template scalar<decltype(element), float>(); });
   }
   return "cuda.scalar";
 }

@@ -35,10 +35,12 @@ struct AttentionCombineProgram {
     const T reference = maximum == -infinity<T>() ? T{0} : maximum;
     T sum = 0;
     for (std::int64_t split = 0; split < args.splits; ++split) {
-      sum += block.exp2(stats[split * split_rows * 2] - reference) * stats[split * split_rows * 2 + 1];
+      sum +=
+          block.exp2(stats[split * split_rows * 2] - reference) * stats[split * split_rows * 2 + 1];
     }
     const T inverse = sum == T{0} ? T{0} : static_cast<T>(args.dropout.scale) / sum;
-    const T* out = static_cast<const T*>(args.partial_out) + (slice * rows + row) * args.shape.value_dim;
+    const T* out =
+        static_cast<const T*>(args.partial_out) + (slice * rows + row) * args.shape.value_dim;
     const std::int64_t target =
         slice_start(args.out, args.shape, batch, head) + query * args.out.row_stride;
     for (std::int64_t d = block.thread(); d < args.shape.value_dim; d += kThreads) {
@@ -51,8 +53,9 @@ struct AttentionCombineProgram {
                               joined * inverse);
     }
     if (args.logsumexp != nullptr && block.thread() == 0) {
-      static_cast<T*>(args.logsumexp)[(batch * args.shape.query_heads + head) * args.shape.q_len +
-                                      query] = row_logsumexp(block, maximum, sum);
+      static_cast<T*>(
+          args.logsumexp)[(batch * args.shape.query_heads + head) * args.shape.q_len + query] =
+          row_logsumexp(block, maximum, sum);
     }
   }
 };

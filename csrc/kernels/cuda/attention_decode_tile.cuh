@@ -1,6 +1,6 @@
-// Decoding: at most 16 rows, the grouped heads of few queries, against many keys. The time is that of
-// reading keys and values, so each of four warps takes 16 of every 64 keys with a softmax of its own,
-// and the four are joined at the end.
+// Decoding: at most 16 rows, the grouped heads of few queries, against many keys. The time is that
+// of reading keys and values, so each of four warps takes 16 of every 64 keys with a softmax of its
+// own, and the four are joined at the end.
 #pragma once
 
 #include "attention_row_tile.cuh"
@@ -158,8 +158,9 @@ struct AttentionDecodeProgram {
         sum += weight[of] * block.template shared<float>(stats_place(of, row) + 4);
       }
       const bool partial = args.partial_out != nullptr;
-      const float factor =
-          partial ? 1.0f : sum == 0.0f ? 0.0f : static_cast<float>(args.dropout.scale) / sum;
+      const float factor = partial       ? 1.0f
+                           : sum == 0.0f ? 0.0f
+                                         : static_cast<float>(args.dropout.scale) / sum;
       const std::int64_t row_start = out_start + tile.row_offset(args.out, row);
       for (int d = lane; d < value_dim; d += kWarpSize) {
         float joined = 0.0f;

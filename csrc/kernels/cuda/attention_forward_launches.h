@@ -1,5 +1,5 @@
-// The kernels of a forward pass in their order. Launcher::launch<Program>(blocks, args) runs one: on
-// a stream (attention_cuda.cpp) or on the host, in the tests.
+// The kernels of a forward pass in their order. Launcher::launch<Program>(blocks, args) runs one:
+// on a stream (attention_cuda.cpp) or on the host, in the tests.
 #pragma once
 
 #include "attention_combine.cuh"

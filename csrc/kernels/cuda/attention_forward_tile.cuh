@@ -1,6 +1,6 @@
-// FlashAttention (Dao, arXiv 2307.08691) on tensor cores: a block takes a tile of queries and streams
-// the keys through shared memory, values landing while scores are computed, the next keys while
-// weights meet values.
+// FlashAttention (Dao, arXiv 2307.08691) on tensor cores: a block takes a tile of queries and
+// streams the keys through shared memory, values landing while scores are computed, the next keys
+// while weights meet values.
 #pragma once
 
 #include "attention_row_tile.cuh"
@@ -45,14 +45,12 @@ struct AttentionForwardProgram {
     const std::int64_t value_start = slice_start(args.value, shape, tile.batch, tile.kv_head);
     const int head_dim = static_cast<int>(shape.head_dim);
     const int value_dim = static_cast<int>(shape.value_dim);
-    const int warp_row = block.thread() / kWarpSize * kMTiles * 16;
 
     const auto next_tile = [&](int first) {
       if constexpr (kGeneral) {
-        while (first < tile.key_end &&
-               !(tile_bits(args.masking.map, map, tile.first_query, tile.last_query, tile.pack, first,
-                           first) &
-                 kSomeAttend)) {
+        while (first < tile.key_end && !(tile_bits(args.masking.map, map, tile.first_query,
+                                                   tile.last_query, tile.pack, first, first) &
+                                         kSomeAttend)) {
           first += kKeys;
         }
       }
@@ -84,6 +82,7 @@ struct AttentionForwardProgram {
       block.template wait_copies<0>();
       block.sync();  // keys are here, and nobody reads the last values any more
       load_keys(kValueTile, args.value, value_start, first, value_dim);
+      const int warp_row = first_row_of_warp(block);
       Scores scores;
       clear<kMTiles, kScoreTiles>(scores);
       multiply_rows<Element, kDim, kMTiles, kScoreTiles>(block, scores, 0, warp_row, kKeyTile, 0);
@@ -111,11 +110,17 @@ struct AttentionForwardProgram {
         softmax.update(block, scores, factor, out);
       }
       multiply_weights<Element, kDim, kMTiles, kScoreTiles, kOutTiles>(block, out, scores,
-                                                                      kValueTile, 0, 0);
+                                                                       kValueTile, 0, 0);
       first = next;
     }
     softmax.finish(block);
-    store(block, args, locate_row_tile(args, block.anew(block.index()), kRows), warp_row, softmax, out);
+    store(block, args, locate_row_tile(args, block.anew(block.index()), kRows),
+          first_row_of_warp(block), softmax, out);
+  }
+
+  template <typename Block>
+  TORCH_EXT_DEVICE static int first_row_of_warp(Block& block) {
+    return block.anew(block.thread()) / kWarpSize * kMTiles * 16;
   }
 
   template <typename Block>
@@ -135,8 +140,8 @@ struct AttentionForwardProgram {
         const float maximum = softmax.maximum[m][half];
         const float sum = softmax.sum[m][half];
         if (args.partial_out != nullptr) {
-          float* partial = static_cast<float*>(args.partial_out) +
-                           partial_row(args, tile, row) * value_dim;
+          float* partial =
+              static_cast<float*>(args.partial_out) + partial_row(args, tile, row) * value_dim;
           TORCH_EXT_UNROLL
           for (int n = 0; n < kOutTiles; ++n) {
             TORCH_EXT_UNROLL

@@ -1,7 +1,7 @@
-// The gradient of an additive mask: dS, summed over whatever the mask broadcasts. A block has a tile
-// of the mask's own elements and visits the score tiles that share it in a fixed order, so that each
-// sum is made by one thread, always alike. Where that leaves the GPU idle, the visits are cut into
-// partial sums, joined in their order.
+// The gradient of an additive mask: dS, summed over whatever the mask broadcasts. A block has a
+// tile of the mask's own elements and visits the score tiles that share it in a fixed order, so
+// that each sum is made by one thread, always alike. Where that leaves the GPU idle, the visits are
+// cut into partial sums, joined in their order.
 #pragma once
 
 #include "attention_scalar_backward.cuh"

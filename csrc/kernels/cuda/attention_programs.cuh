@@ -15,6 +15,6 @@ cudaError_t launch_attention_program(const typename Program::Args& args, std::in
 
 }  // namespace torch_ext::cuda
 
-#define TORCH_EXT_LAUNCH(...)                                   \
-  template cudaError_t launch_attention_program<__VA_ARGS__>( \
-      const typename __VA_ARGS__::Args&, std::int64_t, cudaStream_t)
+#define TORCH_EXT_LAUNCH(...)                                                                   \
+  template cudaError_t launch_attention_program<__VA_ARGS__>(const typename __VA_ARGS__::Args&, \
+                                                             std::int64_t, cudaStream_t)

@@ -1,5 +1,5 @@
 // The small kernels around the tiles.
-#include "attention_backward_keys.cuh"
+#include "attention_grad_query_sum.cuh"
 #include "attention_mask_gradient.cuh"
 #include "attention_programs.cuh"
 #include "attention_row_stats.cuh"

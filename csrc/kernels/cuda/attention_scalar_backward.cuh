@@ -1,5 +1,5 @@
-// Backward attention on the ordinary multiply-add units: a pass over the queries for dQ and one over
-// the keys for dK and dV, each sum made by one thread.
+// Backward attention on the ordinary multiply-add units: a pass over the queries for dQ and one
+// over the keys for dK and dV, each sum made by one thread.
 #pragma once
 
 #include "attention_row_stats.cuh"
@@ -59,11 +59,10 @@ struct ScalarScores {
         const std::int64_t column = first_key + Tile::x_of(block.thread()) + Tile::kSide * j;
         const T score = pair_score<Element>(block, args.masking, shape, weights[i][j], factor, row,
                                             column, mask_start, padding_start);
-        const bool kept = !args.dropout.active ||
-                          dropout_keeps(seed, args.dropout.threshold, slice, row, column);
-        const WeightAndGradient<T> result =
-            weigh<T, true>(block, score, grads[i][j], logsumexp, delta, kept,
-                           static_cast<T>(args.dropout.scale));
+        const bool kept =
+            !args.dropout.active || dropout_keeps(seed, args.dropout.threshold, slice, row, column);
+        const WeightAndGradient<T> result = weigh<T, true>(
+            block, score, grads[i][j], logsumexp, delta, kept, static_cast<T>(args.dropout.scale));
         weights[i][j] = result.weight;
         grads[i][j] = result.grad_score;
       }
@@ -162,9 +161,8 @@ struct AttentionScalarGradKeysProgram {
       }
     }
     if (args.grad_key.data != nullptr) {
-      Tile::store(block, grad_key, args.grad_key,
-                  slice_start(args.grad_key, shape, batch, kv_head), first_key, keys, first_out,
-                  shape.head_dim, static_cast<T>(args.scale));
+      Tile::store(block, grad_key, args.grad_key, slice_start(args.grad_key, shape, batch, kv_head),
+                  first_key, keys, first_out, shape.head_dim, static_cast<T>(args.scale));
     }
     if (args.grad_value.data != nullptr) {
       Tile::store(block, grad_value, args.grad_value,

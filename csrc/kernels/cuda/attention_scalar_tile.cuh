@@ -1,6 +1,6 @@
 // Products of tiles on the ordinary multiply-add units: exact fp32 and fp64, and 16-bit types with
-// heads too wide for the tensor core tiles. A block of 16 x 16 threads works on 64 x 64 scores (32 x
-// 32 in fp64); thread (y, x) has rows y + 16 i and columns x + 16 j.
+// heads too wide for the tensor core tiles. A block of 16 x 16 threads works on 64 x 64 scores (32
+// x 32 in fp64); thread (y, x) has rows y + 16 i and columns x + 16 j.
 #pragma once
 
 #include "device_attention.h"
@@ -26,10 +26,10 @@ TORCH_EXT_DEVICE RowSource row_source(const View& view, const DeviceShape& shape
 template <typename Element, typename T>
 struct ScalarTile {
   static constexpr int kThreads = 256;
-  static constexpr int kSide = 16;                        // threads along each edge
+  static constexpr int kSide = 16;  // threads along each edge
   static constexpr int kPerThread = sizeof(T) == 8 ? 2 : 4;
-  static constexpr int kRows = kSide * kPerThread;        // and columns
-  static constexpr int kDepth = 16;                       // of the products, staged at once
+  static constexpr int kRows = kSide * kPerThread;  // and columns
+  static constexpr int kDepth = 16;                 // of the products, staged at once
   static constexpr int kOutPerThread = 8;
   static constexpr int kOutCols = kSide * kOutPerThread;  // of head_dim or value_dim
   static constexpr int kPitch = kRows + 1;                // no two rows in the same bank
@@ -40,8 +40,7 @@ struct ScalarTile {
   static constexpr std::uint32_t kWeights = kRight + kDepth * kPitch * sizeof(T);
   static constexpr std::uint32_t kGradScores = kWeights + kRows * kPitch * sizeof(T);
   static constexpr std::uint32_t kStage = kGradScores + kRows * kPitch * sizeof(T);
-  static constexpr int kSharedBytes =
-      static_cast<int>(kStage + kDepth * kOutCols * sizeof(T));
+  static constexpr int kSharedBytes = static_cast<int>(kStage + kDepth * kOutCols * sizeof(T));
 
   using Scores = T[kPerThread][kPerThread];
   using Out = T[kPerThread][kOutPerThread];
@@ -91,10 +90,10 @@ struct ScalarTile {
         T b[kPerThread];
         TORCH_EXT_UNROLL
         for (int i = 0; i < kPerThread; ++i) {
-          a[i] = block.template shared<T>(
-              kLeft + (d * kPitch + y_of(thread) + kSide * i) * sizeof(T));
-          b[i] = block.template shared<T>(
-              kRight + (d * kPitch + x_of(thread) + kSide * i) * sizeof(T));
+          a[i] =
+              block.template shared<T>(kLeft + (d * kPitch + y_of(thread) + kSide * i) * sizeof(T));
+          b[i] = block.template shared<T>(kRight +
+                                          (d * kPitch + x_of(thread) + kSide * i) * sizeof(T));
         }
         TORCH_EXT_UNROLL
         for (int i = 0; i < kPerThread; ++i) {
@@ -114,9 +113,9 @@ struct ScalarTile {
     for (int i = 0; i < kPerThread; ++i) {
       TORCH_EXT_UNROLL
       for (int j = 0; j < kPerThread; ++j) {
-        block.template shared<T>(target + ((y_of(thread) + kSide * i) * kPitch + x_of(thread) +
-                                           kSide * j) *
-                                              sizeof(T)) = scores[i][j];
+        block.template shared<T>(
+            target + ((y_of(thread) + kSide * i) * kPitch + x_of(thread) + kSide * j) * sizeof(T)) =
+            scores[i][j];
       }
     }
   }
@@ -149,8 +148,8 @@ struct ScalarTile {
         }
         TORCH_EXT_UNROLL
         for (int j = 0; j < kOutPerThread; ++j) {
-          const T b = block.template shared<T>(
-              kStage + (d * kOutCols + x_of(thread) + kSide * j) * sizeof(T));
+          const T b = block.template shared<T>(kStage + (d * kOutCols + x_of(thread) + kSide * j) *
+                                                            sizeof(T));
           TORCH_EXT_UNROLL
           for (int i = 0; i < kPerThread; ++i) out[i][j] += a[i] * b;
         }
@@ -200,9 +199,8 @@ TORCH_EXT_DEVICE T pair_score(Block& block, const DeviceMasking& masking, const 
   if (masking.kind != AttentionMaskKind::kNone) {
     const std::int64_t offset =
         mask_start + row * masking.mask.row_stride + key * masking.mask.col_stride;
-    with_mask_type<Element>(masking, [&](auto mask) {
-      score = masked_score(block, masking, mask, score, offset);
-    });
+    with_mask_type<Element>(
+        masking, [&](auto mask) { score = masked_score(block, masking, mask, score, offset); });
   }
   return padded_score(block, masking, score, padding_start + key * masking.padding.col_stride);
 }

@@ -1,5 +1,6 @@
-// Gradients of scores, a tile of queries by a tile of keys: what the passes outside the one over the
-// keys are made of. On tensor cores; attention_scalar_backward.cuh has the twin on ordinary units.
+// Gradients of scores, a tile of queries by a tile of keys: what the passes outside the one over
+// the keys are made of. On tensor cores; attention_scalar_backward.cuh has the twin on ordinary
+// units.
 #pragma once
 
 #include "attention_row_stats.cuh"
@@ -96,8 +97,8 @@ struct ScoreGradientTile {
     float logsumexp[2];
     float delta[2];
     const std::int64_t slice = tile.batch * args.shape.query_heads + tile.first_head;
-    const float* stats = static_cast<const float*>(args.row_stats) + slice * 2 * args.padded_rows +
-                         tile.first_row;
+    const float* stats =
+        static_cast<const float*>(args.row_stats) + slice * 2 * args.padded_rows + tile.first_row;
     TORCH_EXT_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int row = score.row_of(block, 0, half);

@@ -1,5 +1,5 @@
-// Scores of a tile of queries in the fragments of the tensor cores, and what masks and dropout do to
-// them.
+// Scores of a tile of queries in the fragments of the tensor cores, and what masks and dropout do
+// to them.
 #pragma once
 
 #include "device_attention.h"
@@ -30,9 +30,7 @@ struct RowTile {
   TORCH_EXT_DEVICE int query_of(int row) const {
     return pack == 1 ? first_row + row : (first_row + row) / pack;
   }
-  TORCH_EXT_DEVICE int head_of(int row) const {
-    return pack == 1 ? 0 : (first_row + row) % pack;
-  }
+  TORCH_EXT_DEVICE int head_of(int row) const { return pack == 1 ? 0 : (first_row + row) % pack; }
   template <typename View>
   TORCH_EXT_DEVICE std::int64_t row_offset(const View& view, int row) const {
     return head_of(row) * view.head_stride + query_of(row) * view.row_stride;

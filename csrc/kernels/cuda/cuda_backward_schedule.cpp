@@ -10,7 +10,8 @@ namespace {
 // Blocks of the mask's gradient below which its sums are cut into parts.
 constexpr std::int64_t kEnoughBlocks = 256;
 
-// Of the keys' pass without options at head_dim 128, whose block of 128 keys not every GPU can hold.
+// Of the keys' pass without options at head_dim 128, whose block of 128 keys not every GPU can
+// hold.
 constexpr std::size_t kWideBlockBytes = 148 * 1024;
 
 // Returns the bytes of the partial sums.

@@ -5,11 +5,10 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
-#include <type_traits>
-
 #include <cute/arch/copy_sm75.hpp>
 #include <cute/arch/copy_sm80.hpp>
 #include <cute/arch/mma_sm80.hpp>
+#include <type_traits>
 
 #include "device_program.h"
 
@@ -58,9 +57,9 @@ class CudaBlock {
   template <typename Element>
   TORCH_EXT_DEVICE void multiply(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
                                  std::uint32_t b1) {
-    using Atom = std::conditional_t<std::is_same_v<Element, Bf16>,
-                                    cute::SM80_16x8x16_F32BF16BF16F32_TN,
-                                    cute::SM80_16x8x16_F32F16F16F32_TN>;
+    using Atom =
+        std::conditional_t<std::is_same_v<Element, Bf16>, cute::SM80_16x8x16_F32BF16BF16F32_TN,
+                           cute::SM80_16x8x16_F32F16F16F32_TN>;
     Atom::fma(d[0], d[1], d[2], d[3], a[0], a[1], a[2], a[3], b0, b1, d[0], d[1], d[2], d[3]);
   }
 

@@ -91,8 +91,7 @@ CudaForwardSchedule schedule_forward(const AttentionForwardParams& params) {
     schedule.partial_stats_offset =
         schedule.partial_out_offset +
         align_up(rows * static_cast<std::size_t>(shape.value_dim) * sizeof(float));
-    schedule.total_bytes =
-        schedule.partial_stats_offset + align_up(rows * 2 * sizeof(float));
+    schedule.total_bytes = schedule.partial_stats_offset + align_up(rows * 2 * sizeof(float));
   }
   return schedule;
 }

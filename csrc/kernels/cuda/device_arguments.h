@@ -74,8 +74,9 @@ inline std::size_t set_up_tile_map(DeviceMasking& masking, const AttentionShape&
   };
   add(boolean && masking.mask.head_stride != 0, shape.query_heads, map.heads, map.head_stride);
   for (int dim = kMaxBatchDims - 1; dim >= 0; --dim) {
-    const bool varies = (boolean && masking.mask.batch_strides[dim] != 0) ||
-                        (masking.padding.data != nullptr && masking.padding.batch_strides[dim] != 0);
+    const bool varies =
+        (boolean && masking.mask.batch_strides[dim] != 0) ||
+        (masking.padding.data != nullptr && masking.padding.batch_strides[dim] != 0);
     add(varies, shape.batch_sizes[dim], map.batch_sizes[dim], map.batch_strides[dim]);
   }
   return align_up(static_cast<std::size_t>(map.entries));

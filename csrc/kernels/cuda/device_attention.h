@@ -118,8 +118,8 @@ struct AttentionBackwardArgs {
   DeviceShape shape;
   DeviceView query, key, value, out, grad_out;
   const void* logsumexp;
-  const void* grad_logsumexp;                        // may be null
-  DeviceOutput grad_query, grad_key, grad_value;     // data == null: not wanted
+  const void* grad_logsumexp;                     // may be null
+  DeviceOutput grad_query, grad_key, grad_value;  // data == null: not wanted
   DeviceOutput grad_mask;
   double scale;
   DeviceMasking masking;
@@ -130,15 +130,15 @@ struct AttentionBackwardArgs {
   std::int64_t padded_rows;  // q_len in whole tiles
   /// Sum of dQ over the key tiles, in the order of the accumulators; null: by a pass of its own.
   float* grad_query_sum;
-  std::int64_t tiles;        // of a slice: keys, queries, or the mask's own
-  std::int64_t dim_chunks;   // of head_dim and value_dim, where not one block takes all
+  std::int64_t tiles;       // of a slice: keys, queries, or the mask's own
+  std::int64_t dim_chunks;  // of head_dim and value_dim, where not one block takes all
   // The mask's gradient.
   std::int64_t mask_batch_sizes[kMaxBatchDims];  // of the mask itself
   std::int64_t mask_heads, mask_rows, mask_cols;
   std::int64_t mask_row_tiles, mask_column_tiles;
-  std::int64_t shares;       // (batch, head, row tile, column tile) that add to one tile of the mask
-  std::int64_t partials;     // ordered partial sums of them
-  void* mask_partial;        // (partials, the mask's own shape)
+  std::int64_t shares;    // (batch, head, row tile, column tile) that add to one tile of the mask
+  std::int64_t partials;  // ordered partial sums of them
+  void* mask_partial;     // (partials, the mask's own shape)
 };
 
 }  // namespace torch_ext::cuda

@@ -1,6 +1,6 @@
-// The dropout mask in the fragments of the tensor cores. One Philox call tells the fate of 8 keys of
-// a query; each thread makes every fourth or eighth one that its neighbours need, and they exchange
-// the eight bits.
+// The dropout mask in the fragments of the tensor cores. One Philox call tells the fate of 8 keys
+// of a query; each thread makes every fourth or eighth one that its neighbours need, and they
+// exchange the eight bits.
 #pragma once
 
 #include <cstdint>
@@ -72,8 +72,9 @@ TORCH_EXT_DEVICE void for_kept_queries(Block& block, std::uint64_t seed, std::ui
       // bit 1: which half of the keys, bit 2: which tile.
       const int query = first_query + 8 * (n + (g >> 2)) + 2 * t + (g & 1);
       const int group = first_key / 8 + 2 * m + (g >> 1 & 1);
-      const std::uint32_t mine = kept_keys(seed, threshold, slice, static_cast<std::uint32_t>(query),
-                                           static_cast<std::uint32_t>(group));
+      const std::uint32_t mine =
+          kept_keys(seed, threshold, slice, static_cast<std::uint32_t>(query),
+                    static_cast<std::uint32_t>(group));
       TORCH_EXT_UNROLL
       for (int call = 0; call < 8; ++call) {
         const std::uint32_t bits = block.shuffle(mine, call * 4 + t) >> g;

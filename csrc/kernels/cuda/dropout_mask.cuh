@@ -32,10 +32,10 @@ struct DropoutMaskProgram {
     const std::int64_t row = place / groups;
     if (row >= args.slices * args.q_len) return;
     const std::int64_t group = place % groups;
-    const std::uint32_t bits = kept_keys(
-        static_cast<std::uint64_t>(*args.seed), args.threshold,
-        static_cast<std::uint32_t>(row / args.q_len), static_cast<std::uint32_t>(row % args.q_len),
-        static_cast<std::uint32_t>(group));
+    const std::uint32_t bits =
+        kept_keys(static_cast<std::uint64_t>(*args.seed), args.threshold,
+                  static_cast<std::uint32_t>(row / args.q_len),
+                  static_cast<std::uint32_t>(row % args.q_len), static_cast<std::uint32_t>(group));
     for (int i = 0; i < kDropoutKeysPerCall; ++i) {
       const std::int64_t key = group * kDropoutKeysPerCall + i;
       if (key < args.kv_len) {

@@ -151,8 +151,8 @@ TORCH_EXT_DEVICE void multiply_columns(Block& block, float (&acc)[kNTiles][4], s
   }
 }
 
-/// Fills a tile (kRows, kCols) from rows of global memory, `row_stride` elements apart, zeros beyond
-/// `rows` and `cols`. Done at the next wait for copies and barrier.
+/// Fills a tile (kRows, kCols) from rows of global memory, `row_stride` elements apart, zeros
+/// beyond `rows` and `cols`. Done at the next wait for copies and barrier.
 template <int kRows, int kCols, int kThreads, typename Block>
 TORCH_EXT_DEVICE void copy_tile(Block& block, std::uint32_t tile, const std::uint16_t* data,
                                 std::int64_t row_stride, int rows, int cols) {
@@ -211,8 +211,8 @@ TORCH_EXT_DEVICE void gather_rows(Block& block, std::uint32_t tile, const std::u
   }
 }
 
-/// A tile of consecutive rows from `start` on, `view`'s strides. Where !kGeneral, the caller has made
-/// sure of whole chunks.
+/// A tile of consecutive rows from `start` on, `view`'s strides. Where !kGeneral, the caller has
+/// made sure of whole chunks.
 template <int kRows, int kCols, int kThreads, bool kGeneral, typename Block, typename View>
 TORCH_EXT_DEVICE void load_tile(Block& block, std::uint32_t tile, const View& view,
                                 std::int64_t start, int rows, int cols) {

@@ -21,8 +21,7 @@ struct TileMapProgram {
   TORCH_EXT_DEVICE static void run(Block& block, const Args& args) {
     const DeviceMasking& masking = args.masking;
     const TileMap& map = masking.map;
-    const std::int64_t entry =
-        block.index() * (kThreads / kWarpSize) + block.thread() / kWarpSize;
+    const std::int64_t entry = block.index() * (kThreads / kWarpSize) + block.thread() / kWarpSize;
     if (entry >= map.entries) return;
     std::int64_t rest = entry;
     const std::int64_t column_tile = rest % map.column_tiles;
@@ -44,9 +43,10 @@ struct TileMapProgram {
     const auto* padding = static_cast<const std::uint8_t*>(masking.padding.data);
     const bool boolean = masking.kind == AttentionMaskKind::kBoolean;
     const std::int64_t first_row = row_tile * kMapTile;
-    const int rows = map.row_stride == 0 ? 1
-                                         : static_cast<int>(min_of<std::int64_t>(
-                                               kMapTile, args.shape.q_len - first_row));
+    const int rows =
+        map.row_stride == 0
+            ? 1
+            : static_cast<int>(min_of<std::int64_t>(kMapTile, args.shape.q_len - first_row));
     bool some_attend = false;
     bool some_masked = false;
     for (int half = 0; half < kMapTile; half += kWarpSize) {
@@ -60,8 +60,8 @@ struct TileMapProgram {
         some_attend = true;
         continue;
       }
-      const std::uint8_t* column = mask + mask_start + first_row * masking.mask.row_stride +
-                                   key * masking.mask.col_stride;
+      const std::uint8_t* column =
+          mask + mask_start + first_row * masking.mask.row_stride + key * masking.mask.col_stride;
       for (int row = 0; row < rows; ++row) {
         const bool attends = column[row * masking.mask.row_stride] != 0;
         some_attend |= attends;

@@ -24,8 +24,7 @@ StridedView wanted_view(const at::Tensor& tensor) {
 
 std::size_t shared_memory_limit(c10::DeviceIndex device) {
   int bytes = 0;
-  C10_CUDA_CHECK(
-      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   return static_cast<std::size_t>(bytes);
 }
 

@@ -17,8 +17,8 @@ void run_attention_backward_cuda(const AttentionArguments& arguments, std::int64
                                  const AttentionGeometry<std::int64_t>& geometry,
                                  const AttentionGradientOutputs& outputs);
 
-/// What the tensor core kernels take: columns one behind the other. Other 16-bit tensors are copied;
-/// the kernels of the other dtypes take any strides.
+/// What the tensor core kernels take: columns one behind the other. Other 16-bit tensors are
+/// copied; the kernels of the other dtypes take any strides.
 at::Tensor with_unit_columns(const at::Tensor& tensor);
 
 }  // namespace torch_ext

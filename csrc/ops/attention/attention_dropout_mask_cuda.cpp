@@ -24,15 +24,13 @@ at::Tensor attention_dropout_mask_cuda(const at::Tensor& dropout_seed, double dr
   if (mask.numel() == 0) return mask;
   const std::int64_t q_len = sizes[sizes.size() - 2];
   const std::int64_t kv_len = sizes[sizes.size() - 1];
-  const cuda::DropoutMaskArgs args{
-      .seed = dropout_seed.const_data_ptr<std::int64_t>(),
-      .threshold = dropout_threshold(dropout_p),
-      .mask = static_cast<std::uint8_t*>(mask.mutable_data_ptr()),
-      .slices = mask.numel() / (q_len * kv_len),
-      .q_len = q_len,
-      .kv_len = kv_len};
-  C10_CUDA_CHECK(
-      cuda::attention_dropout_mask(args, c10::cuda::getCurrentCUDAStream().stream()));
+  const cuda::DropoutMaskArgs args{.seed = dropout_seed.const_data_ptr<std::int64_t>(),
+                                   .threshold = dropout_threshold(dropout_p),
+                                   .mask = static_cast<std::uint8_t*>(mask.mutable_data_ptr()),
+                                   .slices = mask.numel() / (q_len * kv_len),
+                                   .q_len = q_len,
+                                   .kv_len = kv_len};
+  C10_CUDA_CHECK(cuda::attention_dropout_mask(args, c10::cuda::getCurrentCUDAStream().stream()));
   return mask;
 }
 

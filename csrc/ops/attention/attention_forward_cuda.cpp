@@ -74,8 +74,7 @@ ForwardResult attention_forward_cuda(const at::Tensor& query, const at::Tensor& 
                                      .dropout_seed = given(dropout_seed)};
   const auto geometry =
       check_attention<std::int64_t>("attention_forward", arguments, SeedArgument::kRequired);
-  at::Tensor out =
-      at::empty_strided(geometry.out_sizes(), geometry.out_strides(), query.options());
+  at::Tensor out = at::empty_strided(geometry.out_sizes(), geometry.out_strides(), query.options());
   at::Tensor logsumexp = at::empty(geometry.logsumexp_sizes(),
                                    query.options().dtype(accumulate_type(query.scalar_type())));
   run_attention_forward_cuda(arguments, causal_offset, geometry, out, &logsumexp);

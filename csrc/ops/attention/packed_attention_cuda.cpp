@@ -1,5 +1,5 @@
-// torch_ext::packed_attention_forward and packed_attention_backward on CUDA devices: the kernels read
-// and write the packed tensors in place.
+// torch_ext::packed_attention_forward and packed_attention_backward on CUDA devices: the kernels
+// read and write the packed tensors in place.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
@@ -12,10 +12,11 @@ namespace torch_ext {
 namespace {
 
 at::Tensor run_packed_attention_forward_cuda(const char* op, const at::Tensor& qkv,
-                                            std::int64_t num_heads, const at::Tensor* attn_mask,
-                                            double dropout_p, bool is_causal,
-                                            const at::Tensor* key_padding_mask,
-                                            const at::Tensor* dropout_seed, at::Tensor* logsumexp) {
+                                             std::int64_t num_heads, const at::Tensor* attn_mask,
+                                             double dropout_p, bool is_causal,
+                                             const at::Tensor* key_padding_mask,
+                                             const at::Tensor* dropout_seed,
+                                             at::Tensor* logsumexp) {
   const auto geometry = check_packed_qkv<std::int64_t>(op, qkv, num_heads);
   const at::Tensor query = head_view(qkv, 0, geometry);
   const at::Tensor key = head_view(qkv, 1, geometry);
@@ -37,14 +38,14 @@ at::Tensor run_packed_attention_forward_cuda(const char* op, const at::Tensor& q
                            qkv.options().dtype(accumulate_type(qkv.scalar_type())));
   }
   run_attention_forward_cuda(arguments, /*causal_offset=*/0, geometry, head_view(out, 0, geometry),
-                            logsumexp);
+                             logsumexp);
   return out;
 }
 
 ForwardResult packed_attention_forward_cuda(const at::Tensor& qkv, std::int64_t num_heads,
-                                           const OptionalTensor& attn_mask, double dropout_p,
-                                           bool is_causal, const OptionalTensor& key_padding_mask,
-                                           const OptionalTensor& dropout_seed) {
+                                            const OptionalTensor& attn_mask, double dropout_p,
+                                            bool is_causal, const OptionalTensor& key_padding_mask,
+                                            const OptionalTensor& dropout_seed) {
   at::Tensor logsumexp;
   at::Tensor out = run_packed_attention_forward_cuda(
       "packed_attention_forward", qkv, num_heads, given(attn_mask), dropout_p, is_causal,

@@ -1,6 +1,6 @@
-#include "emulated_cuda_kernels.h"
+#include "fiber_cuda_kernels.h"
 
-#include "emulated_block.h"
+#include "fiber_block.h"
 #include "kernels/cuda/attention_backward_launches.h"
 #include "kernels/cuda/attention_forward_launches.h"
 #include "kernels/reference/attention_reference.h"
@@ -19,7 +19,7 @@ KernelPath forward(const AttentionForwardParams& params, const TaskRunner& /*run
     attention_forward_reference(params);
     return "cuda.empty";
   }
-  return cuda::launch_forward(schedule, workspace, EmulatedLauncher());
+  return cuda::launch_forward(schedule, workspace, FiberLauncher());
 }
 
 /// Of an H100.
@@ -39,11 +39,11 @@ KernelPath backward(const AttentionBackwardParams& params, const TaskRunner& /*r
     attention_backward_reference(params);
     return "cuda.empty";
   }
-  return cuda::launch_backward(schedule, workspace, EmulatedLauncher());
+  return cuda::launch_backward(schedule, workspace, FiberLauncher());
 }
 
 template <bool kDeterministic>
-KernelTable emulated_table() {
+KernelTable fiber_table() {
   KernelTable table{};
   table.capability = CpuCapability::kDefault;
   table.attention_forward_workspace = forward_workspace;
@@ -55,7 +55,7 @@ KernelTable emulated_table() {
 
 }  // namespace
 
-const KernelTable kEmulatedCudaKernels = emulated_table<false>();
-const KernelTable kEmulatedDeterministicCudaKernels = emulated_table<true>();
+const KernelTable kFiberCudaKernels = fiber_table<false>();
+const KernelTable kFiberDeterministicCudaKernels = fiber_table<true>();
 
 }  // namespace torch_ext::testing

@@ -7,7 +7,7 @@
 namespace torch_ext::testing {
 
 /// dQ by atomic additions, or in a pass of its own: deterministic.
-extern const KernelTable kEmulatedCudaKernels;
-extern const KernelTable kEmulatedDeterministicCudaKernels;
+extern const KernelTable kFiberCudaKernels;
+extern const KernelTable kFiberDeterministicCudaKernels;
 
 }  // namespace torch_ext::testing

@@ -1,6 +1,6 @@
-// A block of a GPU on the host: what device_program.h calls a Block. Threads are fibers that run until
-// they wait for one another, so that warp-wide instructions and barriers mean what they mean on the
-// device; warps run one after the other, in either order, from barrier to barrier.
+// A block of a GPU on the host: what device_program.h calls a Block. Threads are fibers that run
+// until they wait for one another, so that warp-wide instructions and barriers mean what they mean
+// on the device; warps run one after the other, in either order, from barrier to barrier.
 //
 // Stricter than the hardware where that finds mistakes: shared memory starts as NaN and is checked
 // for bounds and alignment; an asynchronous copy spoils its target when it is issued and lands when
@@ -18,12 +18,12 @@
 
 namespace torch_ext::testing {
 
-class EmulatedBlock {
+class FiberBlock {
  public:
   static constexpr bool kWideAtomics = false;
 
-  EmulatedBlock(std::int64_t index, int threads, int shared_bytes, bool backwards);
-  ~EmulatedBlock();
+  FiberBlock(std::int64_t index, int threads, int shared_bytes, bool backwards);
+  ~FiberBlock();
 
   /// Runs `body` as every thread of the block.
   void run(const std::function<void()>& body);
@@ -115,11 +115,11 @@ class EmulatedBlock {
 };
 
 /// Runs programs on the host, their blocks one after the other.
-struct EmulatedLauncher {
+struct FiberLauncher {
   template <typename Program>
   void launch(std::int64_t blocks, const typename Program::Args& args) const {
     for (std::int64_t index = 0; index < blocks; ++index) {
-      EmulatedBlock block(index, Program::kThreads, Program::kSharedBytes, index % 2 == 1);
+      FiberBlock block(index, Program::kThreads, Program::kSharedBytes, index % 2 == 1);
       block.run([&] { Program::run(block, args); });
     }
   }

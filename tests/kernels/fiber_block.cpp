@@ -1,4 +1,4 @@
-#include "emulated_block.h"
+#include "fiber_block.h"
 
 #include <setjmp.h>
 #include <ucontext.h>
@@ -17,7 +17,7 @@ constexpr std::size_t kStackBytes = 96 * 1024;
 constexpr int kLanes = cuda::kWarpSize;
 
 [[noreturn]] void fail(const char* what, std::int64_t detail) {
-  std::fprintf(stderr, "emulated block: %s (%lld)\n", what, static_cast<long long>(detail));
+  std::fprintf(stderr, "fiber block: %s (%lld)\n", what, static_cast<long long>(detail));
   std::abort();
 }
 
@@ -29,7 +29,7 @@ struct Copy {
 
 }  // namespace
 
-struct EmulatedBlock::Fibers {
+struct FiberBlock::Fibers {
   enum class State { kReady, kAtBarrier, kFinished };
   struct Thread {
     ucontext_t context;
@@ -55,10 +55,10 @@ struct EmulatedBlock::Fibers {
     static thread_local std::vector<std::unique_ptr<char[]>> pool;
     return pool;
   }
-  static thread_local EmulatedBlock* starting;
+  static thread_local FiberBlock* starting;
 
   static void enter() {
-    EmulatedBlock* block = starting;
+    FiberBlock* block = starting;
     block->fibers_->body();
     Thread& own = block->fibers_->threads[static_cast<std::size_t>(block->current_)];
     own.state = State::kFinished;
@@ -66,7 +66,7 @@ struct EmulatedBlock::Fibers {
     _longjmp(block->fibers_->scheduler, 1);
   }
 
-  void resume(EmulatedBlock& block, int thread) {
+  void resume(FiberBlock& block, int thread) {
     Thread& own = threads[static_cast<std::size_t>(thread)];
     block.current_ = thread;
     if (_setjmp(scheduler) != 0) return;
@@ -82,9 +82,9 @@ struct EmulatedBlock::Fibers {
   }
 };
 
-thread_local EmulatedBlock* EmulatedBlock::Fibers::starting = nullptr;
+thread_local FiberBlock* FiberBlock::Fibers::starting = nullptr;
 
-EmulatedBlock::EmulatedBlock(std::int64_t index, int threads, int shared_bytes, bool backwards)
+FiberBlock::FiberBlock(std::int64_t index, int threads, int shared_bytes, bool backwards)
     : index_(index),
       backwards_(backwards),
       shared_(static_cast<std::size_t>(shared_bytes) / 8 + 2, ~std::uint64_t{0}),
@@ -94,9 +94,9 @@ EmulatedBlock::EmulatedBlock(std::int64_t index, int threads, int shared_bytes, 
   fibers_->warps = std::vector<Fibers::Warp>(static_cast<std::size_t>(threads / kLanes));
 }
 
-EmulatedBlock::~EmulatedBlock() = default;
+FiberBlock::~FiberBlock() = default;
 
-void EmulatedBlock::run(const std::function<void()>& body) {
+void FiberBlock::run(const std::function<void()>& body) {
   Fibers& fibers = *fibers_;
   fibers.body = body;
   const int threads = static_cast<int>(fibers.threads.size());
@@ -145,14 +145,14 @@ void EmulatedBlock::run(const std::function<void()>& body) {
   }
 }
 
-void EmulatedBlock::sync() {
+void FiberBlock::sync() {
   Fibers::Thread& own = fibers_->threads[static_cast<std::size_t>(current_)];
   own.state = Fibers::State::kAtBarrier;
   ++fibers_->progress;
   fibers_->leave(current_);
 }
 
-void EmulatedBlock::together(const char* what, void* slot, WarpAction action) {
+void FiberBlock::together(const char* what, void* slot, WarpAction action) {
   const int thread = current_;
   Fibers::Warp& warp = fibers_->warps[static_cast<std::size_t>(thread / kLanes)];
   if (warp.arrived > 0 && std::strcmp(warp.what, what) != 0) {
@@ -171,7 +171,7 @@ void EmulatedBlock::together(const char* what, void* slot, WarpAction action) {
   while (warp.generation == generation) fibers_->leave(thread);
 }
 
-bool EmulatedBlock::any(bool value) {
+bool FiberBlock::any(bool value) {
   together("any", &value, [](void* const* slots) {
     bool joined = false;
     for (int i = 0; i < kLanes; ++i) joined |= *static_cast<bool*>(slots[i]);
@@ -180,14 +180,14 @@ bool EmulatedBlock::any(bool value) {
   return value;
 }
 
-char* EmulatedBlock::shared_place(std::uint32_t offset, std::size_t size, std::size_t alignment) {
+char* FiberBlock::shared_place(std::uint32_t offset, std::size_t size, std::size_t alignment) {
   if (offset + size > shared_bytes_) fail("outside shared memory", offset);
   if (offset % alignment != 0) fail("misaligned in shared memory", offset);
   return reinterpret_cast<char*>(shared_.data()) + offset;
 }
 
-void EmulatedBlock::multiply_fragments(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
-                                       std::uint32_t b1, const float* decode) {
+void FiberBlock::multiply_fragments(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
+                                    std::uint32_t b1, const float* decode) {
   struct Slot {
     float* d;
     const std::uint32_t* a;
@@ -224,7 +224,7 @@ void EmulatedBlock::multiply_fragments(float (&d)[4], const std::uint32_t (&a)[4
   });
 }
 
-void EmulatedBlock::load_fragments(std::uint32_t (&r)[4], std::uint32_t row, bool transposed) {
+void FiberBlock::load_fragments(std::uint32_t (&r)[4], std::uint32_t row, bool transposed) {
   struct Slot {
     const std::uint16_t* row;
     std::uint32_t* r;
@@ -247,7 +247,7 @@ void EmulatedBlock::load_fragments(std::uint32_t (&r)[4], std::uint32_t row, boo
            });
 }
 
-void EmulatedBlock::copy_async(std::uint32_t target, const void* source, bool valid) {
+void FiberBlock::copy_async(std::uint32_t target, const void* source, bool valid) {
   char* place = shared_place(target, 16, 16);
   if (reinterpret_cast<std::uintptr_t>(source) % 16 != 0) fail("misaligned source", target);
   std::memset(place, 0xFF, 16);
@@ -255,11 +255,11 @@ void EmulatedBlock::copy_async(std::uint32_t target, const void* source, bool va
       {target, source, valid});
 }
 
-void EmulatedBlock::commit_copies() {
+void FiberBlock::commit_copies() {
   fibers_->threads[static_cast<std::size_t>(current_)].groups.emplace_back();
 }
 
-void EmulatedBlock::land_copies(int newest) {
+void FiberBlock::land_copies(int newest) {
   auto& groups = fibers_->threads[static_cast<std::size_t>(current_)].groups;
   // The hardware's wait for none under way takes the open group too.
   const std::size_t kept = newest == 0 ? 0 : static_cast<std::size_t>(newest) + 1;
@@ -295,21 +295,21 @@ std::uint32_t packed(float low, float high, reference::HalfFormat format) {
 
 }  // namespace
 
-const float* EmulatedBlock::decode_table(cuda::Bf16) {
+const float* FiberBlock::decode_table(cuda::Bf16) {
   static const std::vector<float> table = decoded(reference::kBFloat16Format);
   return table.data();
 }
 
-const float* EmulatedBlock::decode_table(cuda::Fp16) {
+const float* FiberBlock::decode_table(cuda::Fp16) {
   static const std::vector<float> table = decoded(reference::kFloat16Format);
   return table.data();
 }
 
-std::uint32_t EmulatedBlock::pack(cuda::Bf16, float low, float high) const {
+std::uint32_t FiberBlock::pack(cuda::Bf16, float low, float high) const {
   return packed(low, high, reference::kBFloat16Format);
 }
 
-std::uint32_t EmulatedBlock::pack(cuda::Fp16, float low, float high) const {
+std::uint32_t FiberBlock::pack(cuda::Fp16, float low, float high) const {
   return packed(low, high, reference::kFloat16Format);
 }
 
