@@ -14,6 +14,7 @@ from torch_ext.attention import (
     self_attention,
 )
 from torch_ext.gradient_accumulation import GradientAccumulator
+from torch_ext.micro_batch_workers import parallel_micro_batches
 from torch_ext.sdpa_override import disable, enable, enabled, is_enabled
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "enabled",
     "is_enabled",
     "last_attention_path",
+    "parallel_micro_batches",
     "scaled_dot_product_attention",
     "self_attention",
 ]

@@ -2,9 +2,10 @@
 
 While armed, a layer has a ``forward`` of its own that shadows its class's. The backward pass of
 that forward adds the weight's gradient to its sum in one matrix product, with beta = 1: the
-gradient itself is never written. Where somebody would miss the gradient (hooks, ``torch.autograd.grad``,
-``create_graph=True``) the backward hands it to autograd as ever; what is no plain eager call with
-gradients (compilation, transforms, tensor subclasses) is left to the layer's class altogether.
+gradient itself is never written. Where somebody would miss the gradient (hooks,
+``torch.autograd.grad``, ``create_graph=True``) the backward hands it to autograd as ever; what is
+no plain eager call with gradients (compilation, transforms, tensor subclasses) is left to the
+layer's class altogether.
 """
 
 from __future__ import annotations

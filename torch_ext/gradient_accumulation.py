@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
@@ -12,126 +11,39 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_ext.accumulating_layers import AccumulatingLayers
-from torch_ext.gradient_reduction import Reduction, reduction_of, unwrapped
+from torch_ext.accumulator_arguments import (
+    NAME,
+    MicroBatchWeight,
+    check_dtype,
+    check_independent_micro_batches,
+    check_max_norm,
+    check_optimizer,
+    named_parameters,
+)
+from torch_ext.gradient_reduction import Reduction, reduction_of
 from torch_ext.optimizer_steps import OptimizerStep, keep_float32_moments, local_tensor
 
 __all__ = ["GradientAccumulator", "MicroBatch"]
 
-_NAME = "torch_ext.GradientAccumulator"
-
-# c10::ScalarType
-_DTYPE_CODES = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
-
-
-def _check_max_norm(max_norm: float | None) -> float | None:
-    if max_norm is None:
-        return None
-    if not isinstance(max_norm, (int, float)) or isinstance(max_norm, bool):
-        raise TypeError(f"{_NAME}: max_norm takes a number > 0 or None, got {max_norm!r}")
-    if not max_norm > 0.0:
-        raise ValueError(f"{_NAME}: max_norm takes a number > 0 or None, got {max_norm}")
-    return float(max_norm)
-
-
-def _check_dtype(dtype: torch.dtype) -> int:
-    if dtype not in _DTYPE_CODES:
-        raise ValueError(
-            f"{_NAME}: dtype takes torch.float32, float64, bfloat16 or float16, got {dtype}"
-        )
-    return _DTYPE_CODES[dtype]
-
-
-def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Those that have or may get gradients."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{_NAME}: model takes an nn.Module, got {type(model).__name__}")
-    found: dict[str, nn.Parameter] = {}
-    for name, param in unwrapped(model).named_parameters():
-        if isinstance(param, nn.parameter.UninitializedTensorMixin):
-            raise ValueError(
-                f"{_NAME}: model takes initialised parameters, {name} is not: run a forward first"
-            )
-        if param.device.type == "meta":
-            raise ValueError(f"{_NAME}: model takes parameters with memory, {name} is on meta")
-        if param.dtype in _DTYPE_CODES or param.requires_grad:
-            found[name] = param
-    if not found:
-        raise ValueError(f"{_NAME}: model takes a module with parameters, got one without")
-    return found
-
-
-def _check_optimizer(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> None:
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"{_NAME}: optimizer takes a torch.optim.Optimizer, got {type(optimizer).__name__}"
-        )
-    held = {id(param) for group in optimizer.param_groups for param in group["params"]}
-    missing = [
-        name for name, param in parameters.items() if param.requires_grad and id(param) not in held
-    ]
-    if missing:
-        raise ValueError(
-            f"{_NAME}: optimizer takes one that holds the model's parameters, got one without "
-            f"{missing[0]}{_and_more(missing)}"
-        )
-    known = {id(param) for param in parameters.values()}
-    foreign = [
-        f"one of sizes {tuple(param.shape)}"
-        for group in optimizer.param_groups
-        for param in group["params"]
-        if id(param) not in known
-    ]
-    if foreign:
-        raise ValueError(
-            f"{_NAME}: optimizer takes one that holds the model's parameters only, got others: "
-            f"{foreign[0]}{_and_more(foreign)}"
-        )
-
-
-def _and_more(items: list[str]) -> str:
-    return f" and {len(items) - 1} more" if len(items) > 1 else ""
-
-
-class _Weight:
-    """A checked micro-batch weight: a number, or a tensor on a device that is not waited for."""
-
-    __slots__ = ("number", "tensor")
-
-    def __init__(self, weight: float | Tensor, device: torch.device) -> None:
-        self.number = 0.0
-        self.tensor: Tensor | None = None
-        if isinstance(weight, Tensor):
-            if weight.numel() != 1 or weight.is_complex():
-                raise ValueError(
-                    f"{_NAME}: weight takes a number >= 0 or a real tensor of one element, got "
-                    f"{weight.dtype} of sizes {tuple(weight.shape)}"
-                )
-            if weight.device.type != "cpu":
-                self.tensor = weight.detach().reshape(()).to(device, torch.float64, copy=True)
-                return
-            weight = weight.item()
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-            raise TypeError(
-                f"{_NAME}: weight takes a number >= 0 or a tensor of one element, got "
-                f"{type(weight).__name__}"
-            )
-        if not 0.0 <= weight < math.inf:
-            raise ValueError(f"{_NAME}: weight takes a finite number >= 0, got {weight}")
-        self.number = float(weight)
-
 
 class MicroBatch:
-    """The context of one micro-batch, from :meth:`GradientAccumulator.micro_batch`.
+    """The context of one micro-batch, from :meth:`GradientAccumulator.micro_batch`."""
 
-    Attributes:
-        weight: may be set until the context ends, for a weight that the forward pass finds out.
-    """
-
-    __slots__ = ("_accumulator", "weight")
+    __slots__ = ("_accumulator", "_checked", "_weight")
 
     def __init__(self, accumulator: GradientAccumulator, weight: float | Tensor) -> None:
         self._accumulator = accumulator
         self.weight = weight
+
+    @property
+    def weight(self) -> float | Tensor:
+        """May be set until the context ends, for a weight that the forward pass finds out."""
+        return self._weight
+
+    @weight.setter
+    def weight(self, weight: float | Tensor) -> None:
+        self._checked = MicroBatchWeight(weight, self._accumulator.device)
+        self._weight = weight
 
     def __enter__(self) -> MicroBatch:
         self._accumulator._open()
@@ -143,7 +55,7 @@ class MicroBatch:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._accumulator._close(self.weight, failed=kind is not None)
+        self._accumulator._close(self._checked if kind is None else None)
 
 
 class GradientAccumulator:
@@ -181,29 +93,29 @@ class GradientAccumulator:
         max_norm: float | None = None,
         fuse_linear: bool = True,
     ) -> None:
-        code = _check_dtype(dtype)
-        self._max_norm = _check_max_norm(max_norm)
-        parameters = _named_parameters(model)
-        _check_optimizer(optimizer, parameters)
+        code = check_dtype(dtype)
+        self._max_norm = check_max_norm(max_norm)
+        parameters = named_parameters(model)
+        check_optimizer(optimizer, parameters)
         self._model = model
         self._optimizer = optimizer
         self._dtype_code = code
         self._names = list(parameters)
         self._params: list[Tensor] = list(parameters.values())
-        self._reduction: Reduction = reduction_of(model, self._params)
+        self._reduction: Reduction = reduction_of(model, self._params, self._names)
+        self.device = local_tensor(self._params[0]).device
         self._core = self.new_core()
-        self._device = local_tensor(self._params[0]).device
         self._step = OptimizerStep(optimizer, self._core, self._params, self._names)
         keep_float32_moments(optimizer)
         self._core.ignore_node_hooks(self._reduction.leaves_node_hooks)
         self._layers: AccumulatingLayers | None = None
         if fuse_linear and self._reduction.takes_grads:
             index_of = {id(param): index for index, param in enumerate(self._params)}
-            layers = AccumulatingLayers(model, self._core, index_of, self._device)
+            layers = AccumulatingLayers(model, self._core, index_of, self.device)
             self._layers = layers if len(layers) else None
 
     def new_core(self) -> Any:
-        """Another window for the same parameters, empty: parallel micro-batches are summed there."""
+        """Another window for the same parameters, empty: for parallel micro-batches."""
         return torch.classes.torch_ext.AccumulatorCore(
             [local_tensor(param) for param in self._params],
             self._names,
@@ -228,7 +140,7 @@ class GradientAccumulator:
 
     @max_norm.setter
     def max_norm(self, max_norm: float | None) -> None:
-        self._max_norm = _check_max_norm(max_norm)
+        self._max_norm = check_max_norm(max_norm)
 
     @property
     def micro_batches(self) -> int:
@@ -260,6 +172,21 @@ class GradientAccumulator:
         """
         return MicroBatch(self, weight)
 
+    def parameters(self) -> list[Tensor]:
+        """The model's parameters, in the order of the sums."""
+        return self._params
+
+    def merge(self, core: Any) -> None:
+        """Adds another window of :meth:`new_core`'s, and empties it."""
+        self._core.merge(core)
+
+    def check_parallel(self, name: str) -> None:
+        """Refuses, for the function ``name``, what cannot run micro-batches side by side."""
+        if self._core.is_open():
+            raise RuntimeError(f"{name}: a micro_batch() is open: end it first")
+        self._reduction.check_parallel(name)
+        check_independent_micro_batches(name, self._model)
+
     def _open(self) -> None:
         self._core.open()
         try:
@@ -267,23 +194,24 @@ class GradientAccumulator:
             if self._layers is not None:
                 self._layers.arm()
         except BaseException:
-            self._close(0.0, failed=True)
+            self._close(None)
             raise
 
-    def _close(self, weight: float | Tensor, failed: bool) -> None:
+    def _close(self, weight: MicroBatchWeight | None) -> None:
+        """None: the micro-batch has failed."""
         if self._layers is not None:
             self._layers.disarm()
-        self._reduction.leave_micro_batch()
-        if failed:
-            self._core.abort()
-            return
         try:
-            checked = _Weight(weight, self._device)
-            self._reduction.collect(self._core, self._params)
+            if weight is None:
+                self._core.abort()
+                return
+            self._reduction.collect(self._core)
         except BaseException:
             self._core.abort()
             raise
-        self._core.close(checked.number, checked.tensor)
+        finally:
+            self._reduction.leave_micro_batch()
+        self._core.close(weight.number, weight.tensor)
 
     def step(self, scaler: Any = None) -> Tensor:
         """Normalises, clips, steps the optimizer, and starts a new window.
@@ -301,7 +229,7 @@ class GradientAccumulator:
         Raises:
             RuntimeError: before any micro-batch, inside one, without any gradient.
         """
-        self._core.check_steppable()
+        self._core.check_steppable(self._reduction.is_alone)
         inverse_scale = _inverse_scale(scaler)
         norm, coefficient, found_inf = self._reduction.prepare_step(
             self._core, inverse_scale, self._max_norm
@@ -336,7 +264,7 @@ def _inverse_scale(scaler: Any) -> Tensor | None:
         return None
     if scaler._scale is None:
         raise RuntimeError(
-            f"{_NAME}: step(): scaler takes one that has scaled the losses: call "
+            f"{NAME}: step(): scaler takes one that has scaled the losses: call "
             "scaler.scale(loss).backward() inside micro_batch()"
         )
     return scaler._scale.double().reciprocal()
@@ -348,6 +276,6 @@ def _record(scaler: Any, optimizer: Optimizer, found_inf: Tensor) -> None:
 
     state = scaler._per_optimizer_states[id(optimizer)]
     if state["stage"] is OptState.STEPPED:
-        raise RuntimeError(f"{_NAME}: step(): call scaler.update() after each step")
+        raise RuntimeError(f"{NAME}: step(): call scaler.update() after each step")
     state["found_inf_per_device"] = {found_inf.device: found_inf}
     state["stage"] = OptState.STEPPED

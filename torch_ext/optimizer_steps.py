@@ -186,11 +186,11 @@ class OptimizerStep:
         self, group: dict[str, Any], indices: list[int], coefficient: Tensor, found_inf: Tensor
     ) -> None:
         params = [self._params[index] for index in indices]
-        states = [self._optimizer.state[param] for param in params]
         momentum = group["momentum"]
         buffers: list[Tensor] = []
         first_step: list[bool] = []
         if momentum != 0:
+            states = [self._optimizer.state[param] for param in params]
             first_step = [state.get("momentum_buffer") is None for state in states]
             if group["dampening"] == 0:
                 # momentum * 0 + gradient: the same, and right too when the step is skipped where

@@ -2,5 +2,6 @@
 #pragma once
 
 #include <torch_ext/attention.h>
+#include <torch_ext/gradient_accumulator.h>
 #include <torch_ext/sdpa_override.h>
 #include <torch_ext/version.h>

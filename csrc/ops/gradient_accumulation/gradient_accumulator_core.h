@@ -94,7 +94,8 @@ class AccumulatorCore final : public torch::CustomClassHolder {
   }
   /// Sums of zeros for those that have none: other processes have gradients for them.
   void zero_missing(const std::vector<std::size_t>& indices);
-  void check_steppable() const;
+  /// needs_gradient: some parameter must have a sum.
+  void check_steppable(bool needs_gradient) const;
   SumStatistics measure() const;
   /// normalised gradient = multiplier * inverse_scale * sum / weight.
   StepScale normalise(const SumStatistics& statistics, const at::Tensor& weight,

@@ -63,6 +63,10 @@ at::Tensor MasterWeights::share(std::size_t index) {
 
 void MasterWeights::restore(std::size_t index, const at::Tensor& master) {
   Entry& entry = entries_[index];
+  if (!master.defined()) {
+    entry.master = at::Tensor();
+    return;
+  }
   entry.master = at::empty_like(entry.param, entry.param.options().dtype(at::kFloat));
   entry.master.copy_(master);
   entry.shared = false;

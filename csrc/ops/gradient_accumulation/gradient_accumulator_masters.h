@@ -27,7 +27,7 @@ class MasterWeights {
   /// A master that the caller keeps, undefined where there is none yet: it is copied before it is
   /// next written, if it is still held then.
   at::Tensor share(std::size_t index);
-  /// Copies `master` in.
+  /// Copies `master` in; undefined: the parameter as it is will be the master.
   void restore(std::size_t index, const at::Tensor& master);
 
  private:

@@ -24,13 +24,15 @@ GradStatsResult call_grad_stats(at::TensorList grads) {
   return op.call(grads);
 }
 
-void AccumulatorCore::check_steppable() const {
+void AccumulatorCore::check_steppable(bool needs_gradient) const {
   check_intact();
   TORCH_CHECK(!open_,
               "torch_ext::GradientAccumulator: step() inside a micro_batch(): end it first");
+  TORCH_CHECK(micro_batches_ > 0,
+              "torch_ext::GradientAccumulator: step() takes at least one micro-batch, got none");
   TORCH_CHECK(
-      micro_batches_ > 0,
-      "torch_ext::GradientAccumulator: step() takes at least one micro-batch, got none: run "
+      !needs_gradient || !written().empty(),
+      "torch_ext::GradientAccumulator: step() takes a window with gradients, got none: call "
       "backward() inside micro_batch()");
 }
 

@@ -97,7 +97,8 @@ void AccumulatorCore::load_state(const StateDict& state) {
   noise_.restore(copied("noise"));
   for (std::size_t i = 0; i < size(); ++i) {
     if (state.contains("sum." + names_[i])) buffers_.restore(i, state.at("sum." + names_[i]));
-    if (state.contains("master." + names_[i])) masters_.restore(i, state.at("master." + names_[i]));
+    const std::string master = "master." + names_[i];
+    masters_.restore(i, state.contains(master) ? state.at(master) : at::Tensor());
   }
 }
 

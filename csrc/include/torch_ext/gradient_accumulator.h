@@ -1,0 +1,109 @@
+// Mini-batch training: micro-batches of any sizes, summed into one optimizer step.
+//
+//   torch_ext::GradientAccumulator accumulator(
+//       model->parameters(), torch_ext::GradientAccumulatorOptions().max_norm(1.0));
+//   for (auto& batch : micro_batches) {
+//     auto scope = accumulator.micro_batch(/*weight=*/batch.tokens);
+//     loss_sum(model, batch).backward();
+//   }
+//   at::Tensor norm = accumulator.step(optimizer);
+//
+// Wrong arguments throw c10::Error, naming the argument, what it takes and what it got.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/arg.h>
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <vector>
+
+namespace torch::optim {
+class Optimizer;
+}
+namespace torch::serialize {
+class InputArchive;
+class OutputArchive;
+}  // namespace torch::serialize
+
+namespace torch_ext {
+
+struct GradientAccumulatorOptions {
+  /// Of the sums: kFloat, kDouble, kBFloat16 or kHalf. Gradients of kDouble parameters are summed
+  /// in kDouble whatever it says.
+  TORCH_ARG(at::ScalarType, dtype) = at::kFloat;
+  /// > 0: clips the gradient's global norm. None: not clipped.
+  TORCH_ARG(std::optional<double>, max_norm) = std::nullopt;
+};
+
+class GradientAccumulator {
+ public:
+  class MicroBatch;
+
+  /// The parameters of one model, on one device, each once.
+  explicit GradientAccumulator(std::vector<at::Tensor> parameters,
+                               GradientAccumulatorOptions options = {});
+  ~GradientAccumulator();
+  GradientAccumulator(GradientAccumulator&&) noexcept;
+  GradientAccumulator& operator=(GradientAccumulator&&) noexcept;
+
+  /// One micro-batch, as long as what it returns lives: call backward() on its summed loss.
+  /// weight: what that loss is to be divided by in the end, its number of tokens or examples, >= 0.
+  /// The step divides by the sum of all weights. Meanwhile .grad holds this micro-batch's
+  /// gradients, afterwards what it held before.
+  [[nodiscard]] MicroBatch micro_batch(double weight = 1.0);
+
+  /// Normalises, clips and steps, and starts a new window. AdamW, Adam and SGD run fused in one
+  /// pass; any other optimizer finds the gradient in .grad. A gradient that is not finite skips the
+  /// step, its counters included, and starts a new window all the same. The optimizer has to hold
+  /// these parameters and no others. Returns the global norm of the normalised gradient before
+  /// clipping, without dimensions.
+  at::Tensor step(torch::optim::Optimizer& optimizer);
+
+  /// Drops what the window holds.
+  void reset();
+
+  /// How many the window holds so far.
+  std::int64_t micro_batches() const;
+
+  /// The batch size, in units of weight, beyond which larger ones help little: the simple noise
+  /// scale of McCandlish et al. 2018 (appendix A.1), averaged over about 20 windows. NaN until a
+  /// window of two micro-batches has been stepped.
+  at::Tensor gradient_noise_scale() const;
+
+  /// The window, half full or empty, and the float32 masters of bf16 and fp16 parameters. Together
+  /// with model and optimizer it resumes bit by bit. torch::save(accumulator, path) works too.
+  void save(torch::serialize::OutputArchive& archive) const;
+  /// What save() wrote for the same parameters.
+  void load(torch::serialize::InputArchive& archive);
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+/// Ends its micro-batch when it is destroyed. By an exception: then the micro-batch leaves no
+/// trace.
+class GradientAccumulator::MicroBatch {
+ public:
+  MicroBatch(const MicroBatch&) = delete;
+  MicroBatch& operator=(const MicroBatch&) = delete;
+  /// Throws where a gradient cannot be added (a sparse one), unless an exception is on its way.
+  ~MicroBatch() noexcept(false);
+
+ private:
+  friend class GradientAccumulator;
+  MicroBatch(State& state, double weight);
+
+  State& state_;
+  double weight_;
+  int exceptions_;
+};
+
+torch::serialize::OutputArchive& operator<<(torch::serialize::OutputArchive& archive,
+                                            const GradientAccumulator& accumulator);
+torch::serialize::InputArchive& operator>>(torch::serialize::InputArchive& archive,
+                                           GradientAccumulator& accumulator);
+
+}  // namespace torch_ext

@@ -1,0 +1,136 @@
+"""What GradientAccumulator is made of and called with, and every refusal of what it cannot take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Optimizer
+
+from torch_ext.gradient_reduction import unwrapped
+
+__all__ = [
+    "NAME",
+    "MicroBatchWeight",
+    "check_dtype",
+    "check_independent_micro_batches",
+    "check_max_norm",
+    "check_optimizer",
+    "named_parameters",
+]
+
+NAME = "torch_ext.GradientAccumulator"
+
+# c10::ScalarType
+_DTYPE_CODES = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
+
+
+def check_max_norm(max_norm: float | None) -> float | None:
+    if max_norm is None:
+        return None
+    if not isinstance(max_norm, (int, float)) or isinstance(max_norm, bool):
+        raise TypeError(f"{NAME}: max_norm takes a number > 0 or None, got {max_norm!r}")
+    if not max_norm > 0.0:
+        raise ValueError(f"{NAME}: max_norm takes a number > 0 or None, got {max_norm}")
+    return float(max_norm)
+
+
+def check_dtype(dtype: torch.dtype) -> int:
+    if dtype not in _DTYPE_CODES:
+        raise ValueError(
+            f"{NAME}: dtype takes torch.float32, float64, bfloat16 or float16, got {dtype}"
+        )
+    return _DTYPE_CODES[dtype]
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Those that have or may get gradients."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{NAME}: model takes an nn.Module, got {type(model).__name__}")
+    found: dict[str, nn.Parameter] = {}
+    for name, param in unwrapped(model).named_parameters():
+        if isinstance(param, nn.parameter.UninitializedTensorMixin):
+            raise ValueError(
+                f"{NAME}: model takes initialised parameters, {name} is not: run a forward first"
+            )
+        if param.device.type == "meta":
+            raise ValueError(f"{NAME}: model takes parameters with memory, {name} is on meta")
+        if param.dtype in _DTYPE_CODES or param.requires_grad:
+            found[name] = param
+    if not found:
+        raise ValueError(f"{NAME}: model takes a module with parameters, got one without")
+    return found
+
+
+def check_optimizer(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"{NAME}: optimizer takes a torch.optim.Optimizer, got {type(optimizer).__name__}"
+        )
+    held = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    missing = [
+        name for name, param in parameters.items() if param.requires_grad and id(param) not in held
+    ]
+    if missing:
+        raise ValueError(
+            f"{NAME}: optimizer takes one that holds the model's parameters, got one without "
+            f"{missing[0]}{_and_more(missing)}"
+        )
+    known = {id(param) for param in parameters.values()}
+    foreign = [
+        f"one of sizes {tuple(param.shape)}"
+        for group in optimizer.param_groups
+        for param in group["params"]
+        if id(param) not in known
+    ]
+    if foreign:
+        raise ValueError(
+            f"{NAME}: optimizer takes one that holds the model's parameters only, got others: "
+            f"{foreign[0]}{_and_more(foreign)}"
+        )
+
+
+def _and_more(items: list[str]) -> str:
+    return f" and {len(items) - 1} more" if len(items) > 1 else ""
+
+
+class MicroBatchWeight:
+    """A checked micro-batch weight: a number, or a tensor on a device that is not waited for."""
+
+    __slots__ = ("number", "tensor")
+
+    def __init__(self, weight: float | Tensor, device: torch.device) -> None:
+        self.number = 0.0
+        self.tensor: Tensor | None = None
+        if isinstance(weight, Tensor):
+            if weight.numel() != 1 or weight.is_complex():
+                raise ValueError(
+                    f"{NAME}: weight takes a number >= 0 or a real tensor of one element, got "
+                    f"{weight.dtype} of sizes {tuple(weight.shape)}"
+                )
+            if weight.device.type != "cpu":
+                self.tensor = weight.detach().reshape(()).to(device, torch.float64, copy=True)
+                return
+            weight = weight.item()
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            raise TypeError(
+                f"{NAME}: weight takes a number >= 0 or a tensor of one element, got "
+                f"{type(weight).__name__}"
+            )
+        if not 0.0 <= weight < math.inf:
+            raise ValueError(f"{NAME}: weight takes a finite number >= 0, got {weight}")
+        self.number = float(weight)
+
+
+def check_independent_micro_batches(name: str, model: nn.Module) -> None:
+    """Refuses layers whose state each micro-batch changes."""
+    for path, module in model.named_modules():
+        if isinstance(module, _NormBase) and module.training and module.running_mean is not None:
+            raise ValueError(
+                f"{name}: model takes one whose micro-batches do not depend on each other, got "
+                f"{type(module).__name__} {path} with running statistics: call its eval(), or run "
+                "micro-batches one after the other"
+            )
