@@ -72,8 +72,10 @@ void check_sgd(const SgdArguments& arguments);
 /// A number that is neither negative nor NaN.
 void check_not_negative(const char* op, const char* name, double value);
 
-/// Forward-mode derivatives are raised, never dropped.
-void refuse_tangent(const char* op, const at::Tensor& tensor);
+/// After what names the argument: forward-mode derivatives are raised, never dropped.
+inline constexpr const char* kNoForwardMode =
+    " has a tangent: forward-mode automatic differentiation is not supported; use reverse mode "
+    "(backward(), torch.autograd.grad, torch.func.grad, vjp or jacrev)";
 
 /// The master of a param, or null.
 inline const at::Tensor* master_of(const StepArguments& arguments, std::size_t index) {

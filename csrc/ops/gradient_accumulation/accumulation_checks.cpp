@@ -158,13 +158,6 @@ void check_not_negative(const char* op, const char* name, double value) {
   TORCH_CHECK(value >= 0.0, "torch_ext::", op, ": ", name, " takes a number >= 0, got ", value);
 }
 
-void refuse_tangent(const char* op, const at::Tensor& tensor) {
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      !tensor.defined() || !tensor._fw_grad(/*level=*/0).defined(), "torch_ext::", op,
-      ": forward-mode automatic differentiation is not supported; use reverse mode (backward(), "
-      "torch.autograd.grad, torch.func.grad, vjp or jacrev)");
-}
-
 void check_accumulate(at::TensorList accumulators, at::TensorList grads, const at::Tensor* scale) {
   constexpr const char* kOp = "grad_accumulate_";
   check_same_lists(kOp, {NamedList{"accumulators", accumulators}, NamedList{"grads", grads}});

@@ -80,13 +80,17 @@ void expect_none(const char* op, at::TensorList tensors) {
                               tensors[0].device(), " in this build");
 }
 
+void expect_none(const char* op, const at::Tensor& tensor) {
+  expect_none(op, at::TensorList(tensor));
+}
+
 /// `kMeta`, and then there must not be anything left to do.
 template <typename Op, auto kMeta, typename Signature = typename Op::Signature>
 struct OfNothing;
 
-template <typename Op, auto kMeta, typename... Args>
-struct OfNothing<Op, kMeta, void(at::TensorList, Args...)> {
-  static void run(at::TensorList first, Args... args) {
+template <typename Op, auto kMeta, typename First, typename... Args>
+struct OfNothing<Op, kMeta, void(First, Args...)> {
+  static void run(First first, Args... args) {
     kMeta(first, args...);
     expect_none(Op::kName, first);
   }
@@ -101,10 +105,18 @@ GradStatsResult grad_stats_of_nothing(at::TensorList grads) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(torch_ext, CompositeExplicitAutograd, m) {
+  using AdamwTensorLr = AdamwStep<const at::Tensor&>;
+  using SgdTensorLr = SgdStep<const at::Tensor&>;
   m.impl("grad_accumulate_", TORCH_FN((OfNothing<GradAccumulate, grad_accumulate_meta>::run)));
   m.impl("grad_stats", TORCH_FN(grad_stats_of_nothing));
+  m.impl("linear_wgrad_", TORCH_FN((OfNothing<LinearWgrad, linear_wgrad_meta>::run)));
+  m.impl("embedding_wgrad_", TORCH_FN((OfNothing<EmbeddingWgrad, embedding_wgrad_meta>::run)));
   m.impl("adamw_step_", TORCH_FN((OfNothing<AdamwStep<double>, adamw_step_meta<double>>::run)));
+  m.impl("adamw_step_.tensor_lr",
+         TORCH_FN((OfNothing<AdamwTensorLr, adamw_step_meta<const at::Tensor&>>::run)));
   m.impl("sgd_step_", TORCH_FN((OfNothing<SgdStep<double>, sgd_step_meta<double>>::run)));
+  m.impl("sgd_step_.tensor_lr",
+         TORCH_FN((OfNothing<SgdTensorLr, sgd_step_meta<const at::Tensor&>>::run)));
 }
 
 TORCH_LIBRARY_IMPL(torch_ext, Meta, m) {

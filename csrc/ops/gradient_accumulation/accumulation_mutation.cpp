@@ -11,29 +11,52 @@
 namespace torch_ext {
 namespace {
 
-void refuse_gradient(const char* op, const at::Tensor& tensor, bool is_written) {
-  if (!tensor.defined() || !tensor.requires_grad()) return;
-  TORCH_CHECK(!is_written, "torch_ext::", op,
-              " takes destinations that do not require grad while grad mode is on, got one that "
-              "does, of sizes ",
-              tensor.sym_sizes(), "; call it under torch.no_grad()");
-  TORCH_CHECK(false, "torch_ext::", op,
-              " is not differentiable: it takes tensors that do not require grad while grad mode "
-              "is on, got one that does, of sizes ",
-              tensor.sym_sizes(), "; detach it, or call under torch.no_grad()");
+/// Where in an operator's arguments a tensor is.
+struct Place {
+  const c10::FunctionSchema& schema;
+  std::size_t argument;
+  std::size_t index;
+  bool is_list;
+
+  std::string name() const {
+    const std::string& argument_name = schema.arguments()[argument].name();
+    return schema.name() + ": " +
+           (is_list ? argument_name + "[" + std::to_string(index) + "]" : argument_name);
+  }
+};
+
+void refuse_gradient(const Place& place, bool is_written) {
+  TORCH_CHECK(!is_written, place.name(),
+              " takes a tensor that does not require grad while grad mode is on, got one that "
+              "does: it is written; call the operator under torch.no_grad()");
+  TORCH_CHECK(false, place.name(),
+              " takes a tensor that does not require grad while grad mode is on, got one that "
+              "does: the operator is not differentiable; detach it, or call under "
+              "torch.no_grad()");
 }
 
+/// What nothing below autograd gets to see: a subclass would answer in its own words.
+void check_recordable(const Place& place, const at::Tensor& tensor, bool is_written, bool records) {
+  if (!tensor.defined()) return;
+  TORCH_CHECK(!tensor.is_nested(), place.name(),
+              " takes a dense tensor; nested tensors are not supported");
+  TORCH_CHECK_NOT_IMPLEMENTED(!tensor._fw_grad(/*level=*/0).defined(), place.name(),
+                              kNoForwardMode);
+  if (records && tensor.requires_grad()) refuse_gradient(place, is_written);
+}
+
+// visit(tensor, its index in the argument, whether the argument is a list)
 template <typename Visit>
 void visit_tensors(const at::Tensor& tensor, const Visit& visit) {
-  visit(tensor);
+  visit(tensor, std::size_t{0}, false);
 }
 template <typename Visit>
 void visit_tensors(const OptionalTensor& tensor, const Visit& visit) {
-  if (tensor.has_value()) visit(*tensor);
+  if (tensor.has_value()) visit(*tensor, std::size_t{0}, false);
 }
 template <typename Visit>
 void visit_tensors(at::TensorList tensors, const Visit& visit) {
-  for (const at::Tensor& tensor : tensors) visit(tensor);
+  for (std::size_t i = 0; i < tensors.size(); ++i) visit(tensors[i], i, true);
 }
 template <typename Other, typename Visit>
 requires(std::is_arithmetic_v<Other>) void visit_tensors(Other, const Visit&) {}
@@ -53,18 +76,19 @@ struct MutationRules<Op, void(Args...)> {
     return op;
   }
 
+  static bool is_written(std::size_t argument) { return (Op::kWritten >> argument & 1) != 0; }
+
   static void autograd(c10::DispatchKeySet keys, Args... args) {
     const bool records = at::GradMode::is_enabled();
-    std::uint32_t position = 1;
-    const auto refuse = [&](const auto& arg) {
-      const bool is_written = (Op::kWritten & position) != 0;
-      visit_tensors(arg, [&](const at::Tensor& tensor) {
-        refuse_tangent(Op::kName, tensor);
-        if (records) refuse_gradient(Op::kName, tensor, is_written);
+    std::size_t argument = 0;
+    const auto check = [&](const auto& arg) {
+      visit_tensors(arg, [&](const at::Tensor& tensor, std::size_t index, bool is_list) {
+        check_recordable({handle().schema(), argument, index, is_list}, tensor,
+                         is_written(argument), records);
       });
-      position <<= 1;
+      ++argument;
     };
-    (refuse(args), ...);
+    (check(args), ...);
     const at::AutoDispatchBelowAutograd guard;
     handle().redispatch(keys & c10::after_autograd_keyset, args...);
   }
@@ -74,16 +98,16 @@ struct MutationRules<Op, void(Args...)> {
       const at::AutoDispatchBelowADInplaceOrView guard;
       handle().redispatch(keys & c10::after_ADInplaceOrView_keyset, args...);
     }
-    std::uint32_t position = 1;
+    std::size_t argument = 0;
     const auto bump = [&](const auto& arg) {
-      if ((Op::kWritten & position) != 0) {
-        visit_tensors(arg, [](const at::Tensor& tensor) {
+      if (is_written(argument)) {
+        visit_tensors(arg, [](const at::Tensor& tensor, std::size_t, bool) {
           if (tensor.defined() && !tensor.is_inference()) {
             tensor.unsafeGetTensorImpl()->bump_version();
           }
         });
       }
-      position <<= 1;
+      ++argument;
     };
     (bump(args), ...);
   }

@@ -56,9 +56,10 @@ variable_list gradients(at::TensorList grads, const at::Tensor& norm, const at::
 struct GradStatsFunction : torch::autograd::Function<GradStatsFunction> {
   static constexpr bool is_traceable = true;
 
-  static variable_list forward(AutogradContext* context, variable_list grads) {
+  // A TensorList: a vector of tensors does not count as variables.
+  static variable_list forward(AutogradContext* context, at::TensorList grads) {
     auto [norm, norms, found_inf] = grad_stats_below_autograd(grads);
-    variable_list saved = std::move(grads);
+    variable_list saved = grads.vec();
     saved.push_back(norm);
     saved.push_back(norms);
     context->save_for_backward(std::move(saved));
@@ -92,13 +93,17 @@ GradStatsResult functorch_grad_stats(at::TensorList grads) {
 
 GradStatsResult grad_stats_autograd(at::TensorList grads) {
   bool wanted = false;
-  for (const at::Tensor& grad : grads) {
-    refuse_tangent("grad_stats", grad);
+  for (std::size_t i = 0; i < grads.size(); ++i) {
+    const at::Tensor& grad = grads[i];
+    TORCH_CHECK(!grad.is_nested(), "torch_ext::grad_stats: grads[", i,
+                "] takes a dense tensor; nested tensors are not supported");
+    TORCH_CHECK_NOT_IMPLEMENTED(!grad._fw_grad(/*level=*/0).defined(),
+                                "torch_ext::grad_stats: grads[", i, "]", kNoForwardMode);
     wanted = wanted || needs_gradient({&grad});
   }
   if (!wanted) return grad_stats_below_autograd(grads);
   if (in_functorch_transform()) return functorch_grad_stats(grads);
-  const variable_list result = GradStatsFunction::apply(grads.vec());
+  const variable_list result = GradStatsFunction::apply(grads);
   return {result[0], result[1], result[2]};
 }
 
