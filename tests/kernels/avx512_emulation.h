@@ -63,7 +63,7 @@ static inline __attribute__((always_inline)) Word16 widen_words(Short16 x) {
 }
 
 static inline __attribute__((always_inline)) __m256i narrow_words(Word16 x) {
-  return (__m256i)__builtin_convertvector(x, Short16);
+  return (__m256i) __builtin_convertvector(x, Short16);
 }
 
 static inline __attribute__((always_inline)) Float16 widen_fp16(__m256i bits) {

@@ -33,8 +33,8 @@ def devices() -> tuple[str, ...]:
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once on each device; where there is no GPU, nothing of it is there to skip.
 
-    Tensors that the test makes without naming a device are on this one. A test of the CPU alone in a
-    module that uses the fixture: ``@pytest.mark.parametrize("device", ["cpu"], indirect=True)``.
+    Tensors that the test makes without naming a device are on this one. A test of the CPU alone in
+    a module that uses the fixture: ``@pytest.mark.parametrize("device", ["cpu"], indirect=True)``.
     """
     if request.param == "cpu":
         yield "cpu"

@@ -75,7 +75,7 @@ def test_encoder_layer(masks, mode):
         {"norm_first": True},
         {"activation": "gelu"},
         {"batch_first": False},
-        # Smooth: rounding switches a ReLU near 0 on or off, and a row of a weight's gradient with it.
+        # Smooth: rounding switches a ReLU near 0 on or off, and with it a row of a gradient.
         {"activation": "gelu", "dtype": torch.bfloat16},
         {"dtype": torch.float64},
     ],
