@@ -361,7 +361,7 @@ TEST_P(Accumulate, EmptyLists) {
   check(list, 1.0, {}, ThreadTaskRunner(3));
 }
 
-TORCH_EXT_TEST_EACH_ISA(Accumulate);
+TORCH_EXT_TEST_EACH_LIST_KERNEL(Accumulate);
 
 }  // namespace
 }  // namespace torch_ext::testing

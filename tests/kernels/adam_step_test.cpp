@@ -377,7 +377,7 @@ TEST_P(AdamStep, EmptyLists) {
   check(list, {.settings = kSettings});  // counts the step all the same
 }
 
-TORCH_EXT_TEST_EACH_ISA(AdamStep);
+TORCH_EXT_TEST_EACH_LIST_KERNEL(AdamStep);
 
 }  // namespace
 }  // namespace torch_ext::testing

@@ -37,7 +37,7 @@ std::vector<std::unique_ptr<cuda::TensorList<2, kBytes>>> lists_of(
   const auto list = std::make_unique<List>();
   std::vector<std::unique_ptr<List>> lists;
   cuda::launch_lists(
-      *list, static_cast<std::int64_t>(items.size()), 0,
+      *list, static_cast<std::int64_t>(items.size()), 0, 1,
       [&](std::int64_t i) { return items[static_cast<std::size_t>(i)]; },
       [&](const List& full) {
         lists.push_back(std::make_unique<List>(full));
@@ -132,10 +132,28 @@ TEST(CudaTensorList, StopsAtTheFirstFailure) {
   const auto list = std::make_unique<List>();
   int launches = 0;
   const int status = cuda::launch_lists(
-      *list, 1000, 0, [](std::int64_t) { return dense_item(1); },
+      *list, 1000, 0, 1, [](std::int64_t) { return dense_item(1); },
       [&](const List&) { return ++launches == 2 ? 7 : 0; });
   EXPECT_EQ(status, 7);
   EXPECT_EQ(launches, 2);
+}
+
+TEST(CudaTensorList, RefusesMoreChunksThanAGridHasBlocks) {
+  using List = cuda::TensorList<2, cuda::kSmallListBytes>;
+  const auto list = std::make_unique<List>();
+  constexpr std::int64_t kMost = std::int64_t{INT32_MAX} * kChunkElements;
+  int launches = 0;
+  const auto launch = [&](const List& full) {
+    EXPECT_EQ(full.num_entries, 1);
+    ++launches;
+    return 0;
+  };
+  // Two that fit a grid each, but not one together; then one that fits none.
+  const std::int64_t counts[] = {kMost, kMost, kMost + 1};
+  const auto item_of = [&](std::int64_t i) { return dense_item(counts[i]); };
+  EXPECT_EQ(cuda::launch_lists(*list, 2, 0, 1, item_of, launch), 0);
+  EXPECT_EQ(launches, 2);
+  EXPECT_EQ(cuda::launch_lists(*list, 3, 0, 1, item_of, launch), 1);
 }
 
 /// Marks each element that the threads of all chunks of an entry visit.

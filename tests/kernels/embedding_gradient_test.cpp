@@ -205,7 +205,7 @@ TEST_P(EmbeddingGradient, ZeroSizes) {
   }
 }
 
-TORCH_EXT_TEST_EACH_ISA(EmbeddingGradient);
+TORCH_EXT_TEST_EACH_LIST_KERNEL(EmbeddingGradient);
 
 // The grouping itself.
 

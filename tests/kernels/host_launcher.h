@@ -28,6 +28,7 @@ concept PhasedProgram = requires {
 struct HostLauncher {
   using Status = int;
   static constexpr Status kSuccess = 0;
+  static constexpr Status kTooLarge = 1;
 
   const TaskRunner& runner;
 

@@ -14,12 +14,17 @@ namespace torch_ext::testing {
 struct KernelUnderTest {
   std::string name;  // also the prefix of the test's name
   const KernelTable* table;
+  double norm_error = 0.0;  // relative, of norms beyond their own rounding
 };
 
 inline void PrintTo(const KernelUnderTest& kernel, std::ostream* out) { *out << kernel.name; }
 
 /// In the order of CpuCapability, then the emulated wide instruction sets.
 std::vector<KernelUnderTest> kernels_under_test();
+
+/// Those, and the CUDA programs of the mini-batch operators: on the host, and on a GPU where the
+/// tests were built for one and there is one.
+std::vector<KernelUnderTest> list_kernels_under_test();
 
 inline std::string kernel_test_name(const ::testing::TestParamInfo<KernelUnderTest>& info) {
   return info.param.name;
@@ -38,4 +43,10 @@ using AttentionKernelTest = KernelTest;
 #define TORCH_EXT_TEST_EACH_ISA(suite)                                                      \
   INSTANTIATE_TEST_SUITE_P(EachIsa, suite,                                                  \
                            ::testing::ValuesIn(::torch_ext::testing::kernels_under_test()), \
+                           ::torch_ext::testing::kernel_test_name)
+
+/// The same for kernels of lists.
+#define TORCH_EXT_TEST_EACH_LIST_KERNEL(suite)                                                   \
+  INSTANTIATE_TEST_SUITE_P(EachIsa, suite,                                                       \
+                           ::testing::ValuesIn(::torch_ext::testing::list_kernels_under_test()), \
                            ::torch_ext::testing::kernel_test_name)

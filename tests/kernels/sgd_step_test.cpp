@@ -298,7 +298,7 @@ TEST_P(SgdStep, EmptyLists) {
   check(list, {.settings = kSettings, .momentum = 0.5});
 }
 
-TORCH_EXT_TEST_EACH_ISA(SgdStep);
+TORCH_EXT_TEST_EACH_LIST_KERNEL(SgdStep);
 
 }  // namespace
 }  // namespace torch_ext::testing

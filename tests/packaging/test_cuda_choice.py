@@ -143,7 +143,7 @@ def test_cutlass_is_asked_for(
 
 
 def test_cmake_has_the_same_defaults(cpp_build: ModuleType) -> None:
-    text = (ROOT / "cmake" / "cuda_choice.cmake").read_text()
+    text = (ROOT / "cmake" / "cuda_kernels.cmake").read_text()
     assert f'"{cpp_build.CUDA_ARCHITECTURES}"' in text
     assert f'"{cpp_build.CUDA_ARCHITECTURES_BEFORE_12_8}"' in text
     assert f"VERSION_LESS {'.'.join(map(str, cpp_build.OLDEST_CUTLASS))}" in text

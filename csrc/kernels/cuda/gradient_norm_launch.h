@@ -36,7 +36,8 @@ typename Launcher::Status launch_entry_norms(const Launcher& launcher,
                                                params.norm_type, list};
     return launcher.template launch<EntryNorms>(entry_args, EntryNorms::blocks(list));
   };
-  return launch_lists(chunk_args.list, params.num_entries, Launcher::kSuccess, item_of, launch);
+  return launch_lists(chunk_args.list, params.num_entries, Launcher::kSuccess, Launcher::kTooLarge,
+                      item_of, launch);
 }
 
 }  // namespace detail

@@ -21,6 +21,7 @@ __global__ void __launch_bounds__(Program::kThreads, Program::kBlocksPerUnit)
 template <typename Program, typename Block>
 cudaError_t launch_program(const typename Program::Args& args, std::int64_t blocks,
                            cudaStream_t stream) {
+  static_assert(sizeof(args) <= 32764, "kernel parameters end there");
   if (blocks <= 0) return cudaSuccess;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   const auto kernel = program_kernel<Program, Block>;
@@ -38,6 +39,7 @@ template <typename Block>
 struct StreamLauncher {
   using Status = cudaError_t;
   static constexpr Status kSuccess = cudaSuccess;
+  static constexpr Status kTooLarge = cudaErrorInvalidConfiguration;
 
   cudaStream_t stream;
 

@@ -110,16 +110,18 @@ class ListBuilder {
 };
 
 /// Calls `launch(list)` for the entries in order, several times where they do not fit one list.
-/// Stops at the first failure and returns it.
+/// Stops at the first failure and returns it; `too_large` where a single entry has more chunks than
+/// a grid has blocks.
 template <typename List, typename Status, typename ItemOf, typename Launch>
-Status launch_lists(List& list, std::int64_t num_entries, Status success, const ItemOf& item_of,
-                    const Launch& launch) {
+Status launch_lists(List& list, std::int64_t num_entries, Status success, Status too_large,
+                    const ItemOf& item_of, const Launch& launch) {
   ListBuilder<List> builder(list);
   for (std::int64_t i = 0; i < num_entries;) {
     if (builder.add(item_of(i))) {
       ++i;
       continue;
     }
+    if (list.num_entries == 0) return too_large;
     const Status status = launch(list);
     if (status != success) return status;
     builder.advance();

@@ -1,6 +1,6 @@
 // A list program over a caller's entries. A Launcher runs programs: kernels on a stream
 // (kernel_launch.h), or, in the tests, all threads on the host. It has
-//   using Status = ...; static constexpr Status kSuccess = ...;
+//   using Status = ...; static constexpr Status kSuccess = ..., kTooLarge = ...;
 //   template <typename Program> Status launch(const typename Program::Args&, std::int64_t blocks);
 #pragma once
 
@@ -16,9 +16,10 @@ typename Launcher::Status launch_list(const Launcher& launcher, std::int64_t num
                                       const ItemOf& item_of, const SetUp& set_up) {
   typename Program::Args args;
   set_up(args);
-  return launch_lists(args.list, num_entries, Launcher::kSuccess, item_of, [&](const auto& list) {
-    return launcher.template launch<Program>(args, Program::blocks(list));
-  });
+  return launch_lists(args.list, num_entries, Launcher::kSuccess, Launcher::kTooLarge, item_of,
+                      [&](const auto& list) {
+                        return launcher.template launch<Program>(args, Program::blocks(list));
+                      });
 }
 
 }  // namespace detail
