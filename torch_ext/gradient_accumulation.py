@@ -78,7 +78,9 @@ class GradientAccumulator:
         dtype: of the sums. float64 parameters are summed in float64 at least.
         max_norm: clips the gradient's global norm; None: not clipped.
         fuse_linear: ``nn.Linear`` and ``nn.Embedding`` add their weights' gradients to the sums
-            inside their backward, without writing the gradients first.
+            inside their backward, without writing the gradients first, and other large gradients
+            are added as soon as they are complete. With False ``.grad`` holds all of a
+            micro-batch's gradients until it ends, to look at or to change.
 
     Raises:
         TypeError, ValueError, RuntimeError: naming the argument, what it takes and what it got.
@@ -105,9 +107,11 @@ class GradientAccumulator:
         self._reduction: Reduction = reduction_of(model, self._params, self._names)
         self.device = local_tensor(self._params[0]).device
         self._core = self.new_core()
+        self._prepared: tuple[Tensor, Tensor, Tensor] | None = None
         self._step = OptimizerStep(optimizer, self._core, self._params, self._names)
         keep_float32_moments(optimizer)
         self._core.ignore_node_hooks(self._reduction.leaves_node_hooks)
+        self._core.add_in_backward(fuse_linear)
         self._layers: AccumulatingLayers | None = None
         if fuse_linear and self._reduction.takes_grads:
             index_of = {id(param): index for index, param in enumerate(self._params)}
@@ -165,10 +169,9 @@ class GradientAccumulator:
                 examples, >= 0. The step divides by the sum of all micro-batches' weights. With mean
                 losses of micro-batches of one size leave it at 1.
 
-        Hooks and ``torch.autograd.grad`` work inside as ever; ``.grad`` holds this micro-batch's
-        gradients while it lasts, and afterwards what it held before. A micro-batch that ends with
-        an exception leaves no trace, unless its backward had begun to add to the sums of earlier
-        ones: then ``reset()`` has to be called.
+        Hooks and ``torch.autograd.grad`` work inside as ever. What ``.grad`` held before it holds
+        again afterwards. A micro-batch that ends with an exception leaves no trace, unless its
+        backward had begun to add to the sums of earlier ones: then ``reset()`` has to be called.
         """
         return MicroBatch(self, weight)
 
@@ -178,16 +181,23 @@ class GradientAccumulator:
 
     def merge(self, core: Any) -> None:
         """Adds another window of :meth:`new_core`'s, and empties it."""
+        self._check_not_prepared()
         self._core.merge(core)
 
     def check_parallel(self, name: str) -> None:
         """Refuses, for the function ``name``, what cannot run micro-batches side by side."""
+        self._check_not_prepared()
         if self._core.is_open():
             raise RuntimeError(f"{name}: a micro_batch() is open: end it first")
         self._reduction.check_parallel(name)
         check_independent_micro_batches(name, self._model)
 
+    def _check_not_prepared(self) -> None:
+        if self._prepared is not None:
+            raise RuntimeError(f"{NAME}: a micro-batch after prepare_step(): call step() first")
+
     def _open(self) -> None:
+        self._check_not_prepared()
         self._core.open()
         try:
             self._reduction.enter_micro_batch()
@@ -229,21 +239,32 @@ class GradientAccumulator:
         Raises:
             RuntimeError: before any micro-batch, inside one, without any gradient.
         """
-        self._core.check_steppable(self._reduction.is_alone)
-        inverse_scale = _inverse_scale(scaler)
-        norm, coefficient, found_inf = self._reduction.prepare_step(
-            self._core, inverse_scale, self._max_norm
-        )
-        if inverse_scale is not None:
+        self.prepare_step(scaler)
+        assert self._prepared is not None
+        norm, coefficient, found_inf = self._prepared
+        if _is_on(scaler):
             _record(scaler, self._optimizer, found_inf)
         try:
             self._step(coefficient, found_inf)
         finally:
-            self._core.reset()
+            self.reset()
         return norm
+
+    def prepare_step(self, scaler: Any = None) -> Tensor:
+        """The norm that the following ``step()`` will return, for those who want it before.
+
+        Between the two there may be no other micro-batch.
+        """
+        if self._prepared is None:
+            self._core.check_steppable(self._reduction.is_alone)
+            self._prepared = self._reduction.prepare_step(
+                self._core, _inverse_scale(scaler), self._max_norm
+            )
+        return self._prepared[0]
 
     def reset(self) -> None:
         """Drops what the window holds."""
+        self._prepared = None
         self._core.reset()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -256,11 +277,16 @@ class GradientAccumulator:
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Takes what :meth:`state_dict` gave for the same model, in any order with its own."""
+        self._prepared = None
         self._core.load_state(dict(state_dict))
 
 
+def _is_on(scaler: Any) -> bool:
+    return scaler is not None and scaler.is_enabled()
+
+
 def _inverse_scale(scaler: Any) -> Tensor | None:
-    if scaler is None or not scaler.is_enabled():
+    if not _is_on(scaler):
         return None
     if scaler._scale is None:
         raise RuntimeError(

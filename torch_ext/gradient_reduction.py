@@ -147,7 +147,7 @@ def _all_reduce(sums: list[Tensor], group: Any) -> None:
     """Adds tensors over the group, in place, in messages of some 25 MB, several on their way."""
     import torch.distributed as dist
 
-    waiting = []
+    waiting: list[tuple[Any, Tensor | None, list[Tensor]]] = []
     for bucket in _buckets(sums):
         if len(bucket) == 1 and bucket[0].is_contiguous():
             waiting.append((dist.all_reduce(bucket[0], group=group, async_op=True), None, bucket))

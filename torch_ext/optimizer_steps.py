@@ -22,6 +22,9 @@ __all__ = ["OptimizerStep", "keep_float32_moments", "local_tensor"]
 _adamw_step = torch.ops.torch_ext.adamw_step_
 _sgd_step = torch.ops.torch_ext.sgd_step_
 
+# Set on optimizers that have keep_float32_moments()' hooks.
+_KEEPS_MOMENTS = "_torch_ext_keeps_float32_moments"
+
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -281,6 +284,9 @@ def keep_float32_moments(optimizer: Optimizer) -> None:
         return
     if not any(param.dtype in _LOW_PRECISION for param in params):
         return
+    if hasattr(optimizer, _KEEPS_MOMENTS):
+        return
+    setattr(optimizer, _KEEPS_MOMENTS, True)
     loaded: list[dict[str, Any]] = []
 
     def before(_: Optimizer, state_dict: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import pytest
 import torch
 from accumulation_models import (
-    TiedModel,
     accumulate,
     assert_same_parameters,
     loss_sum,
@@ -26,13 +25,6 @@ _BATCHES = token_batches((3, 1, 2))
 
 def _sgd(parameters: object) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.5)  # type: ignore[arg-type]
-
-
-def _window_gradients(model: nn.Module) -> list[Tensor]:
-    """Stock gradients of the mean loss of all batches."""
-    tokens, targets = one_large_batch(_BATCHES)
-    loss = loss_sum(model, (tokens, targets)) / targets.numel()
-    return list(torch.autograd.grad(loss, list(model.parameters())))
 
 
 @pytest.mark.parametrize("fuse_linear", [True, False], ids=["fused", "unfused"])
@@ -274,130 +266,3 @@ def test_a_compiled_function_around_the_model(fresh_dynamo: None) -> None:
     accumulator.step()
     stock_window(stock, stock_optimizer, _BATCHES)
     assert_same_parameters(model, stock)
-
-
-def test_modules_are_theirs_again_afterwards() -> None:
-    model, optimizer, _, _ = twins(_sgd)
-    accumulator = GradientAccumulator(model, optimizer)
-    with accumulator.micro_batch():
-        assert "forward" in vars(model.twice)
-        assert "forward" in vars(model.embedding)
-        assert type(model.twice) is nn.Linear
-        loss_sum(model, _BATCHES[0]).backward()
-    assert not any("forward" in vars(module) for module in model.modules())
-
-
-def test_layers_with_a_forward_of_their_own_keep_it() -> None:
-    class Scaled(nn.Linear):
-        def forward(self, input: Tensor) -> Tensor:
-            return super().forward(input) * 3.0
-
-    def hooked(input: Tensor) -> Tensor:
-        return nn.functional.linear(input, model[1].weight, model[1].bias) * 2.0
-
-    model = nn.Sequential(Scaled(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
-    model, optimizer, stock, stock_optimizer = twins(_sgd, model)
-    model[1].forward = hooked
-    stock[1].forward = lambda x: nn.functional.linear(x, stock[1].weight, stock[1].bias) * 2.0
-    accumulator = GradientAccumulator(model, optimizer)
-    x = torch.randn(5, 4)
-    with accumulator.micro_batch(weight=5):
-        model(x).square().sum().backward()
-    accumulator.step()
-    assert model[1].forward is hooked
-    (stock(x).square().sum() / 5).backward()
-    stock_optimizer.step()
-    assert_same_parameters(model, stock)
-
-
-def test_parametrized_and_shared_layers() -> None:
-    def prepared() -> nn.Module:
-        model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 4))
-        nn.utils.parametrizations.weight_norm(model[0])
-        model[3].weight = model[2].weight  # one weight, two biases
-        model[3].bias.requires_grad_(False)
-        return model
-
-    torch.manual_seed(2)
-    model = prepared()
-    torch.manual_seed(2)
-    stock = prepared()
-    optimizer, stock_optimizer = _sgd(model.parameters()), _sgd(stock.parameters())
-    accumulator = GradientAccumulator(model, optimizer)
-    inputs = [torch.randn(size, 4) for size in (2, 5)]
-    for x in inputs:
-        with accumulator.micro_batch(weight=len(x)):
-            model(x).square().sum().backward()
-    accumulator.step()
-    (stock(torch.cat(inputs)).square().sum() / 7).backward()
-    stock_optimizer.step()
-    assert_same_parameters(model, stock)
-
-
-def test_embedding_options() -> None:
-    def prepared() -> nn.Module:
-        torch.manual_seed(4)
-        return nn.ModuleList(
-            [
-                nn.Embedding(9, 3, padding_idx=-1),
-                nn.Embedding(9, 3, scale_grad_by_freq=True),
-                nn.Embedding(9, 3, max_norm=0.5),
-            ]
-        )
-
-    tokens = torch.tensor([[0, 1, 1, 8], [8, 8, 2, 0]])
-    models = prepared(), prepared()
-    optimizers = [_sgd(model.parameters()) for model in models]
-    accumulator = GradientAccumulator(models[0], optimizers[0])
-    for _ in range(2):
-        with accumulator.micro_batch(weight=4):
-            sum(layer(tokens).square().sum() for layer in models[0]).backward()
-    accumulator.step()
-    for _ in range(2):
-        (sum(layer(tokens).square().sum() for layer in models[1]) / 8).backward()
-    optimizers[1].step()
-    assert_same_parameters(*models)
-
-
-def test_inputs_of_every_number_of_dimensions() -> None:
-    torch.manual_seed(6)
-    model, optimizer, stock, stock_optimizer = twins(_sgd, nn.Linear(4, 3))
-    accumulator = GradientAccumulator(model, optimizer)
-    inputs = [
-        torch.randn(4),
-        torch.randn(2, 4),
-        torch.randn(2, 0, 4),
-        torch.randn(4, 3, 2).permute(1, 2, 0),
-        torch.randn(1, 4).expand(5, 4),
-    ]
-    for x in inputs:
-        with accumulator.micro_batch():
-            model(x).square().sum().backward()
-        (stock(x).square().sum() / len(inputs)).backward()
-    accumulator.step()
-    stock_optimizer.step()
-    assert_same_parameters(model, stock)
-
-
-def test_gradient_of_the_input_of_a_frozen_or_first_layer() -> None:
-    model = nn.Linear(4, 3)
-    accumulator = GradientAccumulator(model, _sgd(model.parameters()))
-    x = torch.randn(2, 4, requires_grad=True)
-    with accumulator.micro_batch():
-        model(x).sum().backward()
-    torch.testing.assert_close(x.grad, model.weight.sum(0).expand(2, 4))
-
-
-def test_the_large_batchs_gradient_is_what_the_optimizer_gets() -> None:
-    model = TiedModel()
-    seen: list[Tensor] = []
-
-    class Recorder(torch.optim.SGD):
-        def step(self, closure: object = None) -> None:
-            seen.extend(p.grad.clone() for p in self.param_groups[0]["params"])
-
-    accumulator = GradientAccumulator(model, Recorder(model.parameters(), lr=0.1))
-    accumulate(accumulator, _BATCHES)
-    accumulator.step()
-    for actual, expected in zip(seen, _window_gradients(model), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)

@@ -35,6 +35,10 @@ struct GradientAccumulatorOptions {
   TORCH_ARG(at::ScalarType, dtype) = at::kFloat;
   /// > 0: clips the gradient's global norm. None: not clipped.
   TORCH_ARG(std::optional<double>, max_norm) = std::nullopt;
+  /// Large gradients are added to the sums as backward produces them, so that no two layers' are in
+  /// memory at once; .grad then stays undefined. With false .grad holds all of a micro-batch's
+  /// gradients until it ends, to look at or to change.
+  TORCH_ARG(bool, add_in_backward) = true;
 };
 
 class GradientAccumulator {
@@ -50,8 +54,7 @@ class GradientAccumulator {
 
   /// One micro-batch, as long as what it returns lives: call backward() on its summed loss.
   /// weight: what that loss is to be divided by in the end, its number of tokens or examples, >= 0.
-  /// The step divides by the sum of all weights. Meanwhile .grad holds this micro-batch's
-  /// gradients, afterwards what it held before.
+  /// The step divides by the sum of all weights. What .grad held before it holds again afterwards.
   [[nodiscard]] MicroBatch micro_batch(double weight = 1.0);
 
   /// Normalises, clips and steps, and starts a new window. AdamW, Adam and SGD run fused in one
@@ -84,7 +87,8 @@ class GradientAccumulator {
 };
 
 /// Ends its micro-batch when it is destroyed. By an exception: then the micro-batch leaves no
-/// trace.
+/// trace, unless backward had begun to add to the sums of earlier ones, and reset() has to be
+/// called.
 class GradientAccumulator::MicroBatch {
  public:
   MicroBatch(const MicroBatch&) = delete;

@@ -49,6 +49,7 @@ GradientAccumulator::GradientAccumulator(std::vector<at::Tensor> parameters,
   }
   state_.reset(new State{
       AccumulatorCore(std::move(parameters), {}, options.dtype(), /*takes_grads=*/true), options});
+  state_->core.add_in_backward(options.add_in_backward());
 }
 
 GradientAccumulator::~GradientAccumulator() = default;

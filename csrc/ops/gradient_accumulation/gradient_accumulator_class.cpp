@@ -75,6 +75,7 @@ TORCH_LIBRARY_FRAGMENT(torch_ext, m) {
       .def("merge", [](const CorePtr& core, const CorePtr& other) { core->merge(*other); })
       .def("linear", &accumulating_linear)
       .def("embedding", &accumulating_embedding)
+      .def("add_in_backward", &AccumulatorCore::add_in_backward)
       .def("ignore_node_hooks", &AccumulatorCore::ignore_node_hooks)
       .def("micro_batches", &AccumulatorCore::micro_batches)
       .def("weight", &AccumulatorCore::weight)

@@ -103,7 +103,8 @@ AccumulatorCore::AccumulatorCore(std::vector<at::Tensor> params, std::vector<std
       takes_grads_(takes_grads),
       buffers_(params_, checked_dtype(dtype)),
       masters_(params_),
-      autocast_copies_(params_.size()) {}
+      autocast_copies_(params_.size()),
+      taker_(*this) {}
 
 at::Device AccumulatorCore::device() const { return params_[0].device(); }
 
@@ -132,6 +133,7 @@ void AccumulatorCore::open() {
   before_more_gradients();
   buffers_.begin();
   if (takes_grads_) {
+    if (adds_in_backward_) taker_.attach();
     set_aside_.resize(params_.size());
     for (std::size_t i = 0; i < params_.size(); ++i) {
       at::Tensor& grad = params_[i].mutable_grad();
@@ -148,6 +150,18 @@ void AccumulatorCore::put_grads_back() {
     params_[i].mutable_grad() = std::move(set_aside_[i]);
     set_aside_[i] = at::Tensor();
   }
+}
+
+void AccumulatorCore::take_grad(std::size_t index) {
+  // Not the gradients of a pass that builds a graph of them.
+  if (!open_ || !adds_in_backward_ || at::GradMode::is_enabled()) return;
+  at::Tensor& grad = params_[index].mutable_grad();
+  if (!grad.defined() || grad.layout() != at::kStrided) return;
+  const std::lock_guard<std::mutex> lock(kernel_mutex_);
+  std::vector<at::Tensor> taken;
+  taken.push_back(std::move(grad));
+  grad = at::Tensor();
+  buffers_.add({index}, std::move(taken));
 }
 
 void AccumulatorCore::close(const Weight& weight) {

@@ -16,6 +16,7 @@
 #include "gradient_accumulator_buffers.h"
 #include "gradient_accumulator_masters.h"
 #include "gradient_accumulator_noise.h"
+#include "gradient_accumulator_take.h"
 
 namespace torch_ext {
 
@@ -50,7 +51,7 @@ using StateDict = c10::Dict<std::string, at::Tensor>;
 class AccumulatorCore final : public torch::CustomClassHolder {
  public:
   /// names are for messages and the state. takes_grads: micro-batches leave their gradients in the
-  /// parameters' .grad (else add() brings them).
+  /// parameters' .grad (else add_to_open() brings them).
   AccumulatorCore(std::vector<at::Tensor> params, std::vector<std::string> names,
                   at::ScalarType dtype, bool takes_grads);
 
@@ -71,6 +72,10 @@ class AccumulatorCore final : public torch::CustomClassHolder {
   void add_to_open(const std::vector<std::size_t>& indices, std::vector<at::Tensor> grads);
   /// Adds the other's window, and empties it.
   void merge(AccumulatorCore& other);
+
+  /// From the next micro-batch on large gradients leave .grad while backward is running.
+  void add_in_backward(bool early) { adds_in_backward_ = early; }
+  void take_grad(std::size_t index);
 
   // --- Gradients that backward kernels add to the sums themselves, from autograd's threads.
   std::mutex& kernel_mutex() { return kernel_mutex_; }
@@ -125,10 +130,12 @@ class AccumulatorCore final : public torch::CustomClassHolder {
   std::vector<at::Tensor> params_;
   std::vector<std::string> names_;
   bool takes_grads_;
+  bool adds_in_backward_ = false;
   AccumulationBuffers buffers_;
   MasterWeights masters_;
   AutocastCopies autocast_copies_;
   GradientNoise noise_;
+  GradientTaker taker_;
   std::mutex kernel_mutex_;
 
   bool open_ = false;

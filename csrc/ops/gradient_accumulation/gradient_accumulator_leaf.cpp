@@ -5,6 +5,8 @@
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/variable.h>
 
+#include "gradient_accumulator_take.h"
+
 namespace torch_ext {
 namespace {
 
@@ -25,9 +27,7 @@ bool may_bypass_autograd(const at::Tensor& param, bool ignore_node_hooks) {
   if (torch::autograd::impl::post_acc_grad_hooks(param) != nullptr) return false;
   const auto node = torch::autograd::impl::grad_accumulator(param);
   if (node == nullptr) return false;
-  const bool has_hooks = !node->pre_hooks().empty() || !node->post_hooks().empty() ||
-                         !node->tensor_pre_hooks().empty();
-  if (has_hooks && !ignore_node_hooks) return false;
+  if (!ignore_node_hooks && has_foreign_hooks(*node)) return false;
   return accumulates_into(node.get());
 }
 

@@ -1,0 +1,60 @@
+#include "gradient_accumulator_take.h"
+
+#include <torch/csrc/autograd/function_hook.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <algorithm>
+#include <memory>
+
+#include "gradient_accumulator_core.h"
+
+namespace torch_ext {
+namespace {
+
+// Elements. Smaller ones wait for the end of the micro-batch: one call for all of them.
+constexpr std::int64_t kLarge = 1 << 16;
+
+struct TakeHook final : torch::autograd::FunctionPostHook {
+  TakeHook(AccumulatorCore& core, std::size_t index) : core(core), index(index) {}
+
+  torch::autograd::variable_list operator()(
+      const torch::autograd::variable_list& outputs,
+      const torch::autograd::variable_list& /*inputs*/) override {
+    core.take_grad(index);
+    return outputs;
+  }
+
+  // Compiled autograd leaves the gradient in .grad, where the end of the micro-batch finds it.
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& /*args*/) const override {}
+
+  AccumulatorCore& core;
+  std::size_t index;
+};
+
+}  // namespace
+
+void GradientTaker::attach() {
+  hooks_.resize(core_.size());
+  for (std::size_t i = 0; i < core_.size(); ++i) {
+    const at::Tensor& param = core_.param(i);
+    if (hooks_[i].node != nullptr || param.numel() < kLarge || !param.requires_grad()) continue;
+    hooks_[i].node = torch::autograd::impl::grad_accumulator(param);
+    hooks_[i].key = hooks_[i].node->add_post_hook(std::make_unique<TakeHook>(core_, i));
+  }
+}
+
+GradientTaker::~GradientTaker() {
+  for (const Hook& hook : hooks_) {
+    if (hook.node != nullptr) hook.node->del_post_hook(hook.key);
+  }
+}
+
+bool has_foreign_hooks(torch::autograd::Node& node) {
+  if (!node.pre_hooks().empty() || !node.tensor_pre_hooks().empty()) return true;
+  const auto& hooks = node.post_hooks();
+  return std::any_of(hooks.begin(), hooks.end(), [](const auto& hook) {
+    return dynamic_cast<const TakeHook*>(hook.get()) == nullptr;
+  });
+}
+
+}  // namespace torch_ext
