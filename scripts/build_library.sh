@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 # Without importing torch, which takes seconds.
 torch=$(python -c 'import importlib.util as u; print(*u.find_spec("torch").submodule_search_locations)')
 launcher=$(command -v ccache || true)
-export CCACHE_BASEDIR=${CCACHE_BASEDIR:-$PWD}
+export CCACHE_BASEDIR=${CCACHE_BASEDIR:-$PWD/csrc}
 
 mkdir -p "$BUILD"
 if ! cmake -S . -B "$BUILD" -G Ninja \

@@ -3,7 +3,7 @@
 # folder for builds; MAX_JOBS. Arguments go to ctest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export CCACHE_BASEDIR=${CCACHE_BASEDIR:-$PWD}
+export CCACHE_BASEDIR=${CCACHE_BASEDIR:-$PWD/csrc}
 
 scripts/configure_kernel_tests.sh "$BUILD/sanitized" -DTORCH_EXT_SANITIZE=ON
 cmake --build "$BUILD/sanitized" --parallel "${MAX_JOBS:-1}"

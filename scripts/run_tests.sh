@@ -2,8 +2,9 @@
 # All the tests. Environment: BUILD, the folder for builds; MAX_JOBS. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# A cache entry serves every checkout, and the packaging tests' copies of this one.
-export CCACHE_BASEDIR=${CCACHE_BASEDIR:-$PWD}
+# A cache entry serves every checkout, and the packaging tests' copies of this one. Not relative to
+# the whole checkout: its .venv has torch.
+export CCACHE_BASEDIR=${CCACHE_BASEDIR:-$PWD/csrc}
 
 step() {
   current=$*

@@ -48,7 +48,7 @@ def build_environment(checkout: Path, **variables: str) -> dict[str, str]:
     """This process's environment for a build of ``checkout``, without what would reach into it.
 
     ccache, where installed, finds what the other builds of the same sources have compiled: paths
-    in the checkout are relative to it, and every build folder is at ``checkout/build/<name>``.
+    in csrc/ count as relative to the build folder, which is ``checkout/build/<name>`` in all.
     """
     environment = {
         name: value
@@ -60,7 +60,7 @@ def build_environment(checkout: Path, **variables: str) -> dict[str, str]:
     path = [str(Path(sys.executable).parent), environment.get("PATH", os.defpath)]
     path[:0] = [str(folder) for folder in _COMPILER_CACHES if folder.is_dir()][:1]
     environment["PATH"] = os.pathsep.join(path)
-    environment["CCACHE_BASEDIR"] = str(checkout)
+    environment["CCACHE_BASEDIR"] = str(checkout / "csrc")
     environment["PYTHONDONTWRITEBYTECODE"] = "1"
     # The CUDA sources have tests of their own, and compile long.
     environment["TORCH_EXT_CUDA"] = "0"
