@@ -67,6 +67,12 @@ at::ScalarType operand_type(const at::Tensor& grads, const at::Tensor& inputs,
   return grads.scalar_type() == inputs.scalar_type() ? grads.scalar_type() : at::kFloat;
 }
 
+/// As torch's own products ask.
+bool allows_tf32() {
+  return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+         at::Float32Precision::TF32;
+}
+
 class WeightGradientCall {
  public:
   WeightGradientCall(const at::Tensor& grads, const at::Tensor& inputs)
@@ -82,7 +88,7 @@ class WeightGradientCall {
                            .d_stride = layout.stride,
                            .d_type = kernel_scalar_type(weight.scalar_type()),
                            .beta = beta,
-                           .allow_tf32 = at::globalContext().allowTF32CuBLAS()};
+                           .allow_tf32 = allows_tf32()};
     // A row-major (out, in) is a column-major (in, out) = inputs^T grads.
     product.m = weight.size(layout.is_row_major ? 1 : 0);
     product.n = weight.size(layout.is_row_major ? 0 : 1);
