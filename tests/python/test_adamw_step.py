@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-
 from accumulation_cases import DTYPE_TRIPLES, DTYPES, dtype_id, layouts, nonzero
 from optimizer_step_cases import FusedAdam, assert_near, leaves, random_tensors, torch_step
+
+pytestmark = pytest.mark.usefixtures("device")
 
 OPTIONS = [
     {"weight_decay": weight_decay, "amsgrad": amsgrad, "maximize": maximize}

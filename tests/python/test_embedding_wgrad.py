@@ -7,8 +7,6 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from accumulation_cases import (
     DTYPE_PAIRS,
     DTYPES,
@@ -18,6 +16,9 @@ from accumulation_cases import (
     nonzero,
     read_layouts,
 )
+from torch import Tensor
+
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def check(

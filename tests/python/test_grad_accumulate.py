@@ -6,8 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
-
 from accumulation_cases import (
     DTYPE_PAIRS,
     DTYPES,
@@ -18,6 +16,9 @@ from accumulation_cases import (
     nonzero,
     read_layouts,
 )
+from torch import Tensor
+
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def exact(accumulator: Tensor, grad: Tensor, beta: float, scale: float) -> Tensor:
@@ -146,6 +147,7 @@ def test_an_accumulator_as_its_own_gradient() -> None:
     assert torch.equal(accumulator, doubled)
 
 
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)  # torch.frombuffer's memory
 def test_unaligned_memory() -> None:
     raw = bytearray(4 * 70 + 8)
     for offset in range(1, 8):

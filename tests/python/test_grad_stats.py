@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from accumulation_cases import DTYPES, OPS, dtype_id, nonzero, read_layouts
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from accumulation_cases import DTYPES, OPS, dtype_id, nonzero, read_layouts
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def check(grads: list[Tensor]) -> None:

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from accumulation_cases import DTYPE_TRIPLES, DTYPES, OPS, dtype_id, layouts, nonzero, read_layouts
 from torch import Tensor
 
-from accumulation_cases import DTYPE_TRIPLES, DTYPES, OPS, dtype_id, layouts, nonzero, read_layouts
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def check(

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-
 from accumulation_cases import DTYPE_PAIRS, DTYPES, dtype_id, layouts, nonzero
 from optimizer_step_cases import FusedSgd, assert_near, leaves, random_tensors, torch_step
+
+pytestmark = pytest.mark.usefixtures("device")
 
 OPTIONS = [
     {
