@@ -14,7 +14,7 @@ namespace torch_ext::testing {
 struct KernelUnderTest {
   std::string name;  // also the prefix of the test's name
   const KernelTable* table;
-  double norm_error = 0.0;  // relative, of norms beyond their own rounding
+  double norm_error = 0.0;  // relative, of norms in fp32 beyond their own rounding
 };
 
 inline void PrintTo(const KernelUnderTest& kernel, std::ostream* out) { *out << kernel.name; }

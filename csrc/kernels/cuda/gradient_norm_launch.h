@@ -29,6 +29,7 @@ typename Launcher::Status launch_entry_norms(const Launcher& launcher,
   using EntryNorms = EntryNormProgram<kListBytes>;
   typename ChunkNorms::Args chunk_args;
   chunk_args.chunk_sums = entry_sums + params.num_entries;
+  chunk_args.in_double = is_double(params.norm_type);
   const auto launch = [&](const auto& list) {
     const auto status = launcher.template launch<ChunkNorms>(chunk_args, ChunkNorms::blocks(list));
     if (status != Launcher::kSuccess) return status;

@@ -45,6 +45,7 @@ struct ChunkNormProgram {
 
   struct Args {
     SquareSum* chunk_sums;
+    bool in_double;  // every square is added in double, as norms of fp64 ask for
     List list;
   };
 
@@ -59,7 +60,7 @@ struct ChunkNormProgram {
   TORCH_EXT_DEVICE static void phase(Block& block, const Args& args, Shared& shared) {
     const int thread = block.thread();
     if constexpr (kPhase == 0) {
-      Sum::put(thread, own_sum(thread, args.list, static_cast<std::uint32_t>(block.index())),
+      Sum::put(thread, own_sum(thread, args, static_cast<std::uint32_t>(block.index())),
                shared.values);
     } else if constexpr (kPhase == 1) {
       Sum::fold(thread, shared.values, shared.folded);
@@ -86,7 +87,8 @@ struct ChunkNormProgram {
   /// Squares of a few floats are added in float where that neither overflows nor vanishes, which
   /// spares all but one addition in double.
   template <int kCount>
-  TORCH_EXT_DEVICE static void add_floats(const float (&x)[kCount], SquareSum& sum) {
+  TORCH_EXT_DEVICE static void add_floats(const float (&x)[kCount], bool in_double,
+                                          SquareSum& sum) {
     float squares = 0.0f;
     float largest = 0.0f;
     TORCH_EXT_UNROLL
@@ -94,7 +96,7 @@ struct ChunkNormProgram {
       squares += x[i] * x[i];
       largest = max_of(largest, x[i] < 0.0f ? -x[i] : x[i]);
     }
-    if (squares > 1e-30f && squares < 1e30f) {
+    if (!in_double && squares > 1e-30f && squares < 1e30f) {
       sum.sum += static_cast<double>(squares);
     } else if (largest > 0.0f || !is_finite(squares)) {
       TORCH_EXT_UNROLL
@@ -106,25 +108,26 @@ struct ChunkNormProgram {
     }
   }
 
-  TORCH_EXT_DEVICE static SquareSum own_sum(int thread, const List& list, std::uint32_t chunk) {
+  TORCH_EXT_DEVICE static SquareSum own_sum(int thread, const Args& args, std::uint32_t chunk) {
+    const List& list = args.list;
     const Entry& entry = list.entries[entry_of_chunk(list, chunk)];
     const std::uint32_t own_chunk = chunk - entry.first_chunk;
     SquareSum sum{};
     if (entry.loop != 0) {
-      add_tile(thread, list, entry, own_chunk, sum);
+      add_tile(thread, args, entry, own_chunk, sum);
     } else {
       switch (entry.type(0)) {
         case ScalarType::kFloat32:
-          add_dense<ScalarType::kFloat32>(thread, entry, own_chunk, sum);
+          add_dense<ScalarType::kFloat32>(thread, args, entry, own_chunk, sum);
           break;
         case ScalarType::kFloat64:
-          add_dense<ScalarType::kFloat64>(thread, entry, own_chunk, sum);
+          add_dense<ScalarType::kFloat64>(thread, args, entry, own_chunk, sum);
           break;
         case ScalarType::kBFloat16:
-          add_dense<ScalarType::kBFloat16>(thread, entry, own_chunk, sum);
+          add_dense<ScalarType::kBFloat16>(thread, args, entry, own_chunk, sum);
           break;
         default:
-          add_dense<ScalarType::kFloat16>(thread, entry, own_chunk, sum);
+          add_dense<ScalarType::kFloat16>(thread, args, entry, own_chunk, sum);
           break;
       }
     }
@@ -133,9 +136,9 @@ struct ChunkNormProgram {
     return sum;
   }
 
-  TORCH_EXT_DEVICE static void add_tile(int thread, const List& list, const Entry& entry,
+  TORCH_EXT_DEVICE static void add_tile(int thread, const Args& args, const Entry& entry,
                                         std::uint32_t own_chunk, SquareSum& sum) {
-    const LoopView loop = loop_view(list, entry);
+    const LoopView loop = loop_view(args.list, entry);
     const ListTile tile = list_tile(loop, own_chunk);
     const TilePlace start = tile_place(loop, tile, 0);
     for (int place = thread; place < kTilePlaces; place += kThreads) {
@@ -147,7 +150,7 @@ struct ChunkNormProgram {
         add_double(load_scalar<double>(entry.data[0], offset, entry.type(0)), sum);
       } else {
         const float x[1] = {load_scalar<float>(entry.data[0], offset, entry.type(0))};
-        add_floats(x, sum);
+        add_floats(x, args.in_double, sum);
       }
     }
   }
@@ -155,8 +158,8 @@ struct ChunkNormProgram {
   /// Which thread adds up which elements does not depend on the address: where a tensor is not
   /// aligned, a thread reads the elements of its vectors one by one.
   template <ScalarType kType>
-  TORCH_EXT_DEVICE static void add_dense(int thread, const Entry& entry, std::uint32_t own_chunk,
-                                         SquareSum& sum) {
+  TORCH_EXT_DEVICE static void add_dense(int thread, const Args& args, const Entry& entry,
+                                         std::uint32_t own_chunk, SquareSum& sum) {
     constexpr int kBytes = bytes_of(kType);
     constexpr int kWidth = kVectorBytes / kBytes;
     const std::int64_t begin = std::int64_t{own_chunk} * kChunkElements;
@@ -175,19 +178,21 @@ struct ChunkNormProgram {
         }
         TORCH_EXT_UNROLL
         for (int k = 0; k < kInFlight; ++k) {
-          if (i + k * kThreads < whole) add_vector<kType>(bits[k], sum);
+          if (i + k * kThreads < whole) add_vector<kType>(bits[k], args.in_double, sum);
         }
       }
     }
     // The last vector is no whole one.
     for (int i = thread; i * kWidth < count; i += kThreads) {
       if (is_aligned && i < whole) continue;
-      add_elements<kType>(data, i * kWidth, min_of(kWidth, count - i * kWidth), sum);
+      add_elements<kType>(data, i * kWidth, min_of(kWidth, count - i * kWidth), args.in_double,
+                          sum);
     }
   }
 
   template <ScalarType kType>
-  TORCH_EXT_DEVICE static void add_vector(const MemoryVector<kVectorBytes>& bits, SquareSum& sum) {
+  TORCH_EXT_DEVICE static void add_vector(const MemoryVector<kVectorBytes>& bits, bool in_double,
+                                          SquareSum& sum) {
     constexpr int kWidth = kVectorBytes / bytes_of(kType);
     if constexpr (is_double(kType)) {
       TORCH_EXT_UNROLL
@@ -197,12 +202,12 @@ struct ChunkNormProgram {
     } else {
       float x[kWidth];
       widen(bits, kType, x);
-      add_floats(x, sum);
+      add_floats(x, in_double, sum);
     }
   }
 
   template <ScalarType kType>
-  TORCH_EXT_DEVICE static void add_elements(const void* data, int first, int count,
+  TORCH_EXT_DEVICE static void add_elements(const void* data, int first, int count, bool in_double,
                                             SquareSum& sum) {
     constexpr int kWidth = kVectorBytes / bytes_of(kType);
     if constexpr (is_double(kType)) {
@@ -213,7 +218,7 @@ struct ChunkNormProgram {
       for (int i = 0; i < kWidth; ++i) {
         x[i] = i < count ? load_scalar<float>(data, first + i, kType) : 0.0f;
       }
-      add_floats(x, sum);
+      add_floats(x, in_double, sum);
     }
   }
 };
