@@ -141,7 +141,9 @@ class OptimizerStep:
         groups = self._optimizer.param_groups
         # Not for subclasses, which may do more; nor past hooks, which may look at .grad.
         kind = type(self._optimizer)
-        if _has_step_hooks(self._optimizer) or any(group["differentiable"] for group in groups):
+        if kind not in (AdamW, Adam, SGD) or _has_step_hooks(self._optimizer):
+            return None
+        if any(group["differentiable"] for group in groups):
             return None
         if kind in (AdamW, Adam) and all(map(_is_plain_adam, groups)):
             return self._adam_step

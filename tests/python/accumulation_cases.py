@@ -1,4 +1,4 @@
-"""What the tests of the mini-batch operators share: tensors of every kind, references in float64."""
+"""What the tests of the mini-batch operators share: tensors of every kind, errors in float64."""
 
 from __future__ import annotations
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from accumulation_cases import OPS, nonzero
+from torch import Tensor
 
 SHAPES = ((3, 5), (1,), (), (70,), (17, 33), (0, 4), (2, 3, 4))
 

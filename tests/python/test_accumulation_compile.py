@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from accumulation_cases import OPS, nonzero
+from optimizer_step_cases import FusedAdam, FusedSgd
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
-
-from accumulation_cases import OPS, nonzero
-from optimizer_step_cases import FusedAdam, FusedSgd
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 

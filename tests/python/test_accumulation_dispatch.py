@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
+from accumulation_cases import DTYPES, OPS, dtype_id, nonzero
 from torch import Tensor
 from torch.library import opcheck
-
-from accumulation_cases import DTYPES, OPS, dtype_id, nonzero
 
 CHECKS = (
     "test_schema",

@@ -3,79 +3,13 @@ and what it takes; and that nothing was written by then."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
-
 from accumulation_cases import OPS, nonzero
-
-Call = tuple[Callable[..., None], tuple[Any, ...], dict[str, Any]]
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-
-
-def refuses(call: Call, message: str, error: type[Exception] = RuntimeError) -> None:
-    op, args, kwargs = call
-    watched = [
-        t.detach()
-        for t in _tensors((args, tuple(kwargs.values())))
-        if t.layout is torch.strided and not t.is_meta and not t.is_quantized and not t.is_nested
-    ]
-    before = [t.clone() for t in watched]
-    with pytest.raises(error, match=message):
-        op(*args, **kwargs)
-    for now, old in zip(watched, before, strict=True):
-        same = torch.allclose(now, old, rtol=0, atol=0, equal_nan=True)
-        assert same, "written before it was refused"
-
-
-def accumulate(accumulators: Any, grads: Any, **options: Any) -> Call:
-    return OPS.grad_accumulate_, (accumulators, grads), options
-
-
-def wgrad(weight: Tensor, bias: Tensor | None, grad: Tensor, value: Tensor, **options: Any) -> Call:
-    return OPS.linear_wgrad_, (weight, bias, grad, value), options
-
-
-def embedding(weight: Tensor, indices: Tensor, grad: Tensor, **options: Any) -> Call:
-    return OPS.embedding_wgrad_, (weight, indices, grad), options
-
-
-def adamw(count: int = 2, **replaced: Any) -> Call:
-    """A good call of two (3, 4) tensors, but for what is replaced."""
-    names = ("params", "accumulators", "exp_avgs", "exp_avg_sqs")
-    lists: dict[str, Any] = {n: [nonzero(3, 4).abs() for _ in range(count)] for n in names}
-    lists |= {"max_exp_avg_sqs": [], "master_params": []}
-    lists |= {"steps": [torch.tensor(1.0) for _ in range(count)]}
-    options: dict[str, Any] = {"lr": 0.1}
-    for name, value in replaced.items():
-        (lists if name in lists else options)[name] = value
-    op = OPS.adamw_step_.tensor_lr if isinstance(options["lr"], Tensor) else OPS.adamw_step_
-    return op, tuple(lists.values()), options
-
-
-def sgd(count: int = 2, **replaced: Any) -> Call:
-    names = ("params", "accumulators", "momentum_buffers")
-    lists: dict[str, Any] = {n: [nonzero(3, 4) for _ in range(count)] for n in names}
-    lists["master_params"] = []
-    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}
-    for name, value in replaced.items():
-        (lists if name in lists else options)[name] = value
-    op = OPS.sgd_step_.tensor_lr if isinstance(options["lr"], Tensor) else OPS.sgd_step_
-    return op, tuple(lists.values()), options
-
-
-def ones(*shape: int, **options: Any) -> Tensor:
-    return torch.ones(shape, **options)
+from accumulation_refusals import accumulate, adamw, embedding, ones, refuses, sgd, wgrad
+from torch import Tensor
 
 
 def _nested() -> Tensor:
@@ -304,81 +238,6 @@ def test_ranges() -> None:
     takes = "sgd_step_: nesterov takes momentum > 0 and dampening = 0, got momentum "
     refuses(sgd(nesterov=True, dampening=0.1), takes + "0.9 and dampening 0.1")
     refuses(sgd(nesterov=True, momentum=0.0, momentum_buffers=[]), takes + "0 and dampening 0")
-
-
-def test_the_same_tensor_twice() -> None:
-    one, other = nonzero(3, 4), nonzero(3, 4)
-    grads = [ones(3, 4)] * 3
-    twice = "takes a tensor of its own, got the one that is"
-    refuses(
-        accumulate([one, other, one], grads),
-        rf"grad_accumulate_: accumulators\[2\] {twice} accumulators\[0\] too",
-    )
-    refuses(accumulate([one, one.view(3, 4), other], grads), rf"accumulators\[1\] {twice}")
-    refuses(adamw(params=[one, one]), rf"params\[1\] {twice} params\[0\] too")
-    refuses(adamw(exp_avgs=[one, other], exp_avg_sqs=[other, nonzero(3, 4)]), twice)
-    step = ones()
-    refuses(adamw(steps=[step, step]), rf"steps\[1\] {twice} steps\[0\] too")
-    refuses(sgd(accumulators=[one, other], momentum_buffers=[nonzero(3, 4), one]), twice)
-    weight = nonzero(3, 1)
-    refuses(
-        wgrad(weight, weight[:, 0], ones(2, 3), ones(2, 1)), "bias_grad takes memory of its own"
-    )
-
-
-def test_overlaps() -> None:
-    storage = nonzero(20)
-    overlaps = "takes memory of its own, got a tensor that overlaps"
-    refuses(
-        accumulate([storage[:12], storage[8:]], [ones(12), ones(12)]),
-        rf"accumulators\[1\] {overlaps} accumulators\[0\]",
-    )
-    refuses(accumulate([storage[:12]], [storage[8:]]), rf"grads\[0\] {overlaps} accumulators\[0\]")
-    refuses(accumulate([storage[:10], storage[10:]], [storage[10:], ones(10)]), overlaps + "|own")
-    refuses(accumulate([storage[:2]], [ones(2)], scale=storage[1]), f"scale {overlaps}")
-    refuses(accumulate([storage[::2]], [storage[1:11]]), overlaps)
-    refuses(accumulate([storage[:3]], [storage[:1].expand(3)]), overlaps)
-    square = nonzero(4, 4)
-    refuses(accumulate([square], [square.t()]), overlaps)
-    refuses(adamw(2, accumulators=[square[:3], square[1:]]), overlaps)
-    refuses(
-        adamw(coefficient=(found := nonzero(1)), found_inf=found, steps=[found, ones(1)]), "own"
-    )
-    weight = nonzero(4, 4)
-    refuses(
-        wgrad(weight, None, weight, ones(4, 4)), f"grad_output {overlaps}|grad_output takes a t"
-    )
-    refuses(wgrad(weight, None, ones(4, 4), weight[:, :4]), "input takes")
-    refuses(embedding(weight, torch.tensor([0, 1]), weight[2:]), f"grad_output {overlaps}")
-
-
-def test_interleaved_tensors_do_not_overlap() -> None:
-    storage = nonzero(20)
-    OPS.grad_accumulate_([storage[::2], storage[1::2]], [ones(10), ones(10)])
-    halves = nonzero(4, 8)
-    OPS.grad_accumulate_([halves[:, :4], halves[:, 4:]], [ones(4, 4), ones(4, 4)])
-    OPS.grad_accumulate_([storage[::2]], [storage[1::2]])
-    many = nonzero(5000)
-    OPS.grad_accumulate_(list(many.split(50)), list(nonzero(5000).split(50)))
-    shuffled = [many.split(50)[i] for i in torch.randperm(100)]
-    OPS.grad_accumulate_(shuffled, [ones(50)] * 100)
-
-
-def test_tensors_that_overlap_themselves() -> None:
-    message = "takes a tensor whose elements have places of their own, got strides"
-    expanded = nonzero(3).expand(4, 3)
-    refuses(accumulate([expanded], [ones(4, 3)]), rf"accumulators\[0\] {message} \[0, 1\]")
-    windows = nonzero(10).unfold(0, 3, 1)
-    refuses(accumulate([windows], [ones(8, 3)]), rf"accumulators\[0\] {message}")
-    refuses(wgrad(expanded, None, ones(2, 4), ones(2, 3)), f"weight_grad {message}")
-    refuses(
-        wgrad(nonzero(4, 3), nonzero(1).expand(4), ones(2, 4), ones(2, 3)), f"bias_grad {message}"
-    )
-    refuses(embedding(expanded, torch.tensor([0]), ones(1, 3)), f"weight_grad {message}")
-    refuses(adamw(1, params=[nonzero(4).expand(3, 4)]), rf"params\[0\] {message}")
-    # Strides that interleave without meeting are fine.
-    woven = nonzero(24).as_strided((4, 3), (3, 4))
-    OPS.grad_accumulate_([woven], [ones(4, 3)])
 
 
 def test_leaves_that_require_grad() -> None:

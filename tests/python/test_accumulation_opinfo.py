@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from accumulation_cases import DTYPES, OPS, assert_one_rounding, dtype_id
+from optimizer_step_cases import FusedAdam, FusedSgd, assert_near, leaves, torch_step
 from torch import Tensor
 from torch.testing._internal.common_methods_invocations import (
     foreach_binary_op_db,
@@ -13,9 +15,6 @@ from torch.testing._internal.common_methods_invocations import (
     foreach_reduce_op_db,
 )
 from torch.testing._internal.common_optimizers import optim_db
-
-from accumulation_cases import DTYPES, OPS, assert_one_rounding, dtype_id
-from optimizer_step_cases import FusedAdam, FusedSgd, assert_near, leaves, torch_step
 
 
 def _op(database: list[Any], name: str) -> Any:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 
 import torch_ext
 from torch_ext.demo import __main__ as demo
-from torch_ext.demo.comparison import ATTENTION, COMPARISONS, find_variant
+from torch_ext.demo.comparison import ATTENTION, COMPARISONS, MICRO_BATCHES, find_variant
 from torch_ext.demo.corpus import CorpusError, draw_batch, load_corpus
 from torch_ext.demo.options import Options, parse
 from torch_ext.demo.peak_memory import PeakMemory
@@ -69,12 +70,13 @@ def _result(losses: list[float], **changes: object) -> RunResult:
         threads=1,
         corpus="text",
         attention_path="torch",
+        schedule="one batch",
         sample="def f():",
     )
     return dataclasses.replace(result, **changes)
 
 
-def test_command_line_trains_twice_and_writes_everything(tmp_path: Path) -> None:
+def test_command_line_trains_both_comparisons_and_writes_everything(tmp_path: Path) -> None:
     plot, figures = tmp_path / "curves.png", tmp_path / "figures.json"
     flags = [part for pair in _TINY_FLAGS.items() for part in pair]
     run = subprocess.run(
@@ -98,7 +100,7 @@ def test_command_line_trains_twice_and_writes_everything(tmp_path: Path) -> None
     assert "torch_ext          4/4 steps" in run.stderr
     assert "\r" not in run.stderr
     assert plot.read_bytes().startswith(b"\x89PNG")
-    (outcome,) = json.loads(figures.read_text())
+    outcome, windows = json.loads(figures.read_text())
     stock, fused = outcome["runs"]
     assert [stock["variant"], fused["variant"]] == ["stock", "torch_ext"]
     assert len(stock["losses"]) == len(fused["losses"]) == 4
@@ -107,6 +109,9 @@ def test_command_line_trains_twice_and_writes_everything(tmp_path: Path) -> None
     assert fused["attention_path"].startswith("cpu.")
     assert stock["peak_memory_mib"] > 0
     assert fused["peak_memory_mib"] > 0
+    assert [run["schedule"].split(" parts")[0] for run in windows["runs"]] == ["2", "2"]
+    assert windows["agrees"]
+    assert len(windows["runs"][0]["losses"]) == 1
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-4), ("bfloat16", 5e-2)])
@@ -118,6 +123,30 @@ def test_both_variants_learn_the_same(tiny: Options, dtype: str, limit: float) -
         assert abs(a - b) <= limit
     assert abs(stock.validation_loss - fused.validation_loss) <= limit
     assert fused.attention_path.startswith("cpu.")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_micro_batches_learn_as_one_batch(tiny: Options, dtype: str) -> None:
+    options = dataclasses.replace(tiny, dtype=dtype, batch_size=3, micro_batches=2)
+    whole = train(ATTENTION.candidate, options)
+    loop, accumulated = (train(variant, options) for variant in MICRO_BATCHES.variants)
+    limit = 1e-4 if dtype == "float32" else 5e-2
+    for run in (loop, accumulated):
+        for a, b in zip(run.losses, whole.losses, strict=True):
+            assert abs(a - b) <= limit
+    assert loop.schedule == "2 parts in turn"
+    assert accumulated.schedule.startswith("2 parts")
+
+
+def test_on_one_thread_micro_batches_follow_each_other(
+    tiny: Options, set_num_threads: Callable[[int], None]
+) -> None:
+    set_num_threads(1)
+    one, two = (
+        train(variant, dataclasses.replace(tiny, threads=1)) for variant in MICRO_BATCHES.variants
+    )
+    assert two.schedule == "2 parts in turn"
+    assert abs(one.losses[-1] - two.losses[-1]) <= 1e-4
 
 
 def test_a_run_repeats_exactly(tiny: Options) -> None:
@@ -139,8 +168,12 @@ def test_compile_trains_the_compiled_model(tiny: Options, monkeypatch: pytest.Mo
 def test_curves_that_differ_are_said_and_exit_with_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str
 ) -> None:
-    runs = {"stock": _result([3.0, 2.0]), "torch_ext": _result([3.0, 2.5], attention_path="cpu.x")}
-    monkeypatch.setattr(demo, "run_in_subprocess", lambda variant, options: runs[variant.name])
+    runs = {"torch_ext": _result([3.0, 2.5], attention_path="cpu.x")}
+    monkeypatch.setattr(
+        demo,
+        "run_in_subprocess",
+        lambda variant, options: runs.get(variant.name, _result([3.0, 2.0])),
+    )
     assert demo.main(["--steps", "2", "--text", text, "--seq-len", "32"]) == 1
     assert "THE CURVES DIFFER" in capsys.readouterr().out
 

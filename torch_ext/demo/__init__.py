@@ -2,5 +2,6 @@
 
 Run ``python -m torch_ext.demo`` (``--help`` lists the options). Both runs start from one seed, see
 the same batches and differ only in what a :class:`~torch_ext.demo.comparison.Variant` says, so
-that their loss curves can be laid side by side.
+that their loss curves can be laid side by side. First the attention differs, then the loop over
+the micro-batches of each step.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -11,9 +12,9 @@ import torch
 
 import torch_ext
 
-from .comparison import COMPARISONS
+from .comparison import COMPARISONS, Comparison
 from .corpus import Corpus, CorpusError, load_corpus
-from .options import Request, parse
+from .options import Options, Request, parse
 from .plot import PlotError, check_plot, draw
 from .report import Outcome, format_outcome, format_setup, outcome_to_json
 from .training import TrainingError, check_device
@@ -31,14 +32,22 @@ def _check(request: Request) -> Corpus:
     return corpus
 
 
+def _options_for(comparison: Comparison, options: Options) -> Options:
+    """A comparison of fewer steps writes no text: there is a better trained model for that."""
+    steps = comparison.steps(options.steps)
+    sample_length = options.sample_length if comparison.part_of_steps == 1.0 else 0
+    return dataclasses.replace(options, steps=steps, sample_length=sample_length)
+
+
 def _run(request: Request, corpus: Corpus) -> int:
     say = sys.stderr if request.json == "-" else sys.stdout
     build = f"torch {torch.__version__}, torch_ext {torch_ext.__version__}"
     print(f"{format_setup(request.options, corpus, build)}\n", file=say, flush=True)
     outcomes: list[Outcome] = []
     for comparison in COMPARISONS:
-        runs = [run_in_subprocess(variant, request.options) for variant in comparison.variants]
-        outcome = Outcome(comparison, runs[0], runs[1], request.options)
+        options = _options_for(comparison, request.options)
+        runs = [run_in_subprocess(variant, options) for variant in comparison.variants]
+        outcome = Outcome(comparison, runs[0], runs[1], options)
         print(f"\n{format_outcome(outcome)}", file=say, flush=True)
         outcomes.append(outcome)
     if request.plot is not None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+Loop = Literal["one batch", "stock micro-batches", "accumulated micro-batches"]
 
 
 @dataclass(frozen=True)
@@ -13,25 +16,36 @@ class Variant:
         name: identifier in the JSON results.
         title: column heading.
         fused_attention: whether the run happens under ``torch_ext.enable()``.
+        loop: what each step does with its batch.
     """
 
     name: str
     title: str
     fused_attention: bool
+    loop: Loop = "one batch"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two variants whose loss curves must agree, the baseline first."""
+    """Two variants whose loss curves must agree, the baseline first.
+
+    Attributes:
+        part_of_steps: how many of the steps that were asked for it takes.
+    """
 
     name: str
     title: str
     baseline: Variant
     candidate: Variant
+    part_of_steps: float = 1.0
 
     @property
     def variants(self) -> tuple[Variant, Variant]:
         return (self.baseline, self.candidate)
+
+    def steps(self, steps: int) -> int:
+        """Of so many steps those that this comparison takes."""
+        return max(1, round(steps * self.part_of_steps))
 
 
 ATTENTION = Comparison(
@@ -41,7 +55,22 @@ ATTENTION = Comparison(
     candidate=Variant("torch_ext", "torch_ext", fused_attention=True),
 )
 
-COMPARISONS = (ATTENTION,)
+MICRO_BATCHES = Comparison(
+    name="micro_batches",
+    title="Micro-batches: a stock accumulation loop against torch_ext.GradientAccumulator, both "
+    "with fused attention",
+    baseline=Variant("stock_loop", "stock loop", fused_attention=True, loop="stock micro-batches"),
+    candidate=Variant(
+        "accumulator",
+        "GradientAccumulator",
+        fused_attention=True,
+        loop="accumulated micro-batches",
+    ),
+    # Its curves agree or not within a few steps.
+    part_of_steps=0.25,
+)
+
+COMPARISONS = (ATTENTION, MICRO_BATCHES)
 
 
 def find_variant(name: str) -> Variant:

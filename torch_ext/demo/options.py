@@ -17,6 +17,7 @@ class Options:
     steps: int = 120
     batch_size: int = 4
     seq_len: int = 1024
+    micro_batches: int = 4
     layers: int = 4
     heads: int = 2
     embed_dim: int = 128
@@ -102,6 +103,13 @@ def build_parser() -> argparse.ArgumentParser:
         type=_positive("--seq-len", 2),
         default=default.seq_len,
         help="tokens a sequence",
+    )
+    training.add_argument(
+        "--micro-batches",
+        type=_positive("--micro-batches"),
+        default=default.micro_batches,
+        help="parts that the second comparison cuts each step's sequences into; at most as many "
+        "as there are sequences",
     )
     training.add_argument("--learning-rate", type=_learning_rate, default=default.learning_rate)
     training.add_argument(

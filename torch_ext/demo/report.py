@@ -137,6 +137,7 @@ def format_measurements(outcome: Outcome) -> str:
             ratio(a.peak_memory_mib, b.peak_memory_mib),
         ],
         ["attention ran on", a.attention_path, b.attention_path, ""],
+        ["each step", a.schedule, b.schedule, ""],
     ]
     return f"Speed and memory\n{_table(rows)}"
 

@@ -22,10 +22,10 @@ from .model import GPT, generate
 from .options import Options
 from .peak_memory import PeakMemory
 from .progress import Progress
+from .training_loops import AccumulatedMicroBatches, OneBatch, StockMicroBatches, TrainingLoop
 
 _PROMPT = b"\n    def "
 _VALIDATION_BATCHES = 4
-_MAX_GRAD_NORM = 1.0
 
 
 class TrainingError(Exception):
@@ -46,6 +46,7 @@ class RunResult:
     threads: int
     corpus: str
     attention_path: str
+    schedule: str
     sample: str
 
     @property
@@ -100,12 +101,15 @@ class Trainer:
     """Model, optimizer and the step of one run.
 
     Args:
+        variant: how each step goes.
         options: what to train.
         corpus: the text.
         device: where.
     """
 
-    def __init__(self, options: Options, corpus: Corpus, device: torch.device) -> None:
+    def __init__(
+        self, variant: Variant, options: Options, corpus: Corpus, device: torch.device
+    ) -> None:
         self.options = options
         self.corpus = corpus
         self.device = device
@@ -117,6 +121,16 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=options.learning_rate, betas=(0.9, 0.95), fused=True
         )
+        self.loop = self._loop_of(variant)
+
+    def _loop_of(self, variant: Variant) -> TrainingLoop:
+        arguments = (self.compiled, self.optimizer, self.loss_sum)
+        parts = min(self.options.micro_batches, self.options.batch_size)
+        if variant.loop == "stock micro-batches":
+            return StockMicroBatches(*arguments, parts)
+        if variant.loop == "accumulated micro-batches":
+            return AccumulatedMicroBatches(*arguments, parts)
+        return OneBatch(*arguments)
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up over the first tenth, then a cosine down to a tenth of the peak."""
@@ -131,22 +145,19 @@ class Trainer:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=getattr(torch, self.options.dtype))
 
-    def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross entropy of ``(batch, seq)`` tokens."""
+    def loss_sum(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Summed cross entropy of ``(batch, seq)`` tokens."""
         with self.autocast():
             logits = model(inputs.to(self.device))
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.to(self.device).flatten())
+        return F.cross_entropy(
+            logits.float().flatten(0, 1), targets.to(self.device).flatten(), reduction="sum"
+        )
 
     def step(self, step: int, inputs: Tensor, targets: Tensor) -> float:
         """One optimizer step; returns the loss before it."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
-        loss = self.loss(self.compiled, inputs, targets)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), _MAX_GRAD_NORM)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss.item()
+        return self.loop.step(inputs, targets)
 
     @torch.no_grad()
     def validation_loss(self) -> float:
@@ -157,7 +168,7 @@ class Trainer:
             batch = draw_batch(
                 self.corpus.validation, self.options.batch_size, self.options.seq_len, generator
             )
-            losses.append(self.loss(self.model, *batch).item())
+            losses.append(self.loss_sum(self.model, *batch).item() / batch[1].numel())
         self.model.train()
         return statistics.fmean(losses)
 
@@ -187,7 +198,7 @@ def train(variant: Variant, options: Options) -> RunResult:
     corpus = load_corpus(options.text, options.seq_len)
     memory = PeakMemory(device)
     with torch_ext.enabled() if variant.fused_attention else contextlib.nullcontext():
-        trainer = Trainer(options, corpus, device)
+        trainer = Trainer(variant, options, corpus, device)
         generator = torch.Generator().manual_seed(options.seed)
         losses: list[float] = []
         step_seconds: list[float] = []
@@ -218,5 +229,6 @@ def train(variant: Variant, options: Options) -> RunResult:
             threads=torch.get_num_threads(),
             corpus=corpus.name,
             attention_path=path,
+            schedule=trainer.loop.schedule,
             sample=trainer.sample(),
         )

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["NAME", "attention_forward", "attention_mask", "register"]
+from torch_ext.integrations.trainer import GradientAccumulationMixin
+
+__all__ = ["NAME", "GradientAccumulationMixin", "attention_forward", "attention_mask", "register"]
 
 NAME = "torch_ext"
 

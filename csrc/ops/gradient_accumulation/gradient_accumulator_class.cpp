@@ -63,6 +63,7 @@ TORCH_LIBRARY_FRAGMENT(torch_ext, m) {
            })
       .def("abort", &AccumulatorCore::abort)
       .def("is_open", &AccumulatorCore::is_open)
+      .def("size", [](const CorePtr& core) { return static_cast<std::int64_t>(core->size()); })
       .def("add",
            [](const CorePtr& core, const Numbers& indices, Tensors grads, double number,
               const std::optional<at::Tensor>& tensor) {

@@ -1,0 +1,143 @@
+"""Hugging Face's Trainer with torch_ext.GradientAccumulator under its loop.
+
+    from torch_ext.integrations import transformers as torch_ext_hf
+
+    class Trainer(torch_ext_hf.GradientAccumulationMixin, transformers.Trainer):
+        pass
+
+Nothing else changes: ``gradient_accumulation_steps``, ``max_grad_norm``, schedulers, checkpoints
+and logging mean what they mean, and so does the loss, which the Trainer divides by the tokens of
+the whole window itself.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_ext.gradient_accumulation import GradientAccumulator
+from torch_ext.optimizer_steps import keep_float32_moments
+
+__all__ = ["GradientAccumulationMixin"]
+
+_STATE_FILE = "torch_ext_accumulator.pt"
+
+
+class _Base:
+    """What the mixin finds in transformers.Trainer."""
+
+    if TYPE_CHECKING:
+        args: Any
+        optimizer: Any
+        accelerator: Any
+
+        def train(self, *args: Any, **kwargs: Any) -> Any: ...
+        def create_optimizer(self, *args: Any, **kwargs: Any) -> Any: ...
+        def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor: ...
+        def _save_optimizer_and_scheduler(self, output_dir: str) -> None: ...
+        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None: ...
+
+
+class GradientAccumulationMixin(_Base):
+    """Comes before ``transformers.Trainer``, or a subclass of it, among a class's bases.
+
+    Micro-batches are summed in float32 and stepped in one pass, bf16 and fp16 models train with
+    float32 master weights, and those survive in the Trainer's checkpoints. DistributedDataParallel
+    communicates once a step. Not with DeepSpeed, which accumulates itself.
+    """
+
+    _accumulator: GradientAccumulator | None = None
+    _resumed_from: str | None = None
+    fuse_linear = True
+    """As in GradientAccumulator; a class attribute, to be set in a subclass."""
+
+    @property
+    def accumulator(self) -> GradientAccumulator | None:
+        """The accumulator at work; None before the first step of ``train()``."""
+        return self._accumulator
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        # Before a checkpoint is loaded.
+        keep_float32_moments(_innermost(self.optimizer))
+        return optimizer
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        accumulator = self._accumulator_for(model)
+        # The loss comes divided by what the window's losses are divided by: the weights of a window
+        # add up to 1.
+        steps = getattr(self, "current_gradient_accumulation_steps", None)
+        with accumulator.micro_batch(1.0 / (steps or self.args.gradient_accumulation_steps)):
+            return super().training_step(model, *args, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._detach()
+
+    def _accumulator_for(self, model: nn.Module) -> GradientAccumulator:
+        optimizer = _innermost(self.optimizer)
+        if self._accumulator is not None and self._accumulator.optimizer is optimizer:
+            return self._accumulator
+        if getattr(self, "is_deepspeed_enabled", False):
+            raise ValueError(
+                "torch_ext: GradientAccumulationMixin takes a Trainer without DeepSpeed, which "
+                "accumulates gradients itself"
+            )
+        self._detach()
+        max_norm = self.args.max_grad_norm
+        self._accumulator = GradientAccumulator(
+            model, optimizer, max_norm=max_norm or None, fuse_linear=self.fuse_linear
+        )
+        if self._resumed_from is not None:
+            self._accumulator.load_state_dict(torch.load(self._resumed_from, weights_only=True))
+            self._resumed_from = None
+        # The Trainer's loop clips, then steps: both are the accumulator's, and the gradients that
+        # it would clip and step with are not in .grad.
+        self.accelerator.clip_grad_norm_ = self._clip
+        self.optimizer.step = self._step
+        return self._accumulator
+
+    def _detach(self) -> None:
+        self._accumulator = None
+        for owner, name in ((self.accelerator, "clip_grad_norm_"), (self.optimizer, "step")):
+            if getattr(vars(owner).get(name), "__self__", None) is self:
+                delattr(owner, name)
+
+    def _scaler(self) -> Any:
+        return getattr(self.accelerator, "scaler", None)
+
+    def _clip(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Tensor:
+        assert self._accumulator is not None
+        return self._accumulator.prepare_step(self._scaler())
+
+    def _step(self, closure: Any = None) -> None:
+        assert self._accumulator is not None
+        scaler = self._scaler()
+        norm = self._accumulator.step(scaler)
+        if scaler is not None:
+            scaler.update()
+            # What accelerate tells the scheduler by.
+            self.optimizer._is_overflow = not bool(norm.isfinite())
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._accumulator is not None and self.args.should_save:
+            torch.save(self._accumulator.state_dict(), os.path.join(output_dir, _STATE_FILE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            path = os.path.join(checkpoint, _STATE_FILE)
+            self._resumed_from = path if os.path.isfile(path) else None
+
+
+def _innermost(optimizer: Any) -> Any:
+    """torch's own, inside accelerate's wrapper."""
+    while type(optimizer).__name__ == "AcceleratedOptimizer":
+        optimizer = optimizer.optimizer
+    return optimizer
