@@ -14,7 +14,7 @@ DTYPES = ("float32", "bfloat16")
 class Options:
     """Everything that decides what a run computes. Plain values, so that it travels as JSON."""
 
-    steps: int = 120
+    steps: int = 30
     batch_size: int = 4
     seq_len: int = 1024
     micro_batches: int = 4
