@@ -70,9 +70,11 @@ def parse_declarations(sources: Iterable[Path]) -> list[Declaration]:
     found = []
     for source in sources:
         for number, line in enumerate(source.read_text().splitlines(), 1):
-            match = re.match(r"\s*// SASS ([^\[:]+?)\s*(?:\[([\w ]+)\])?: (.+)$", line)
-            if match is None:
+            if not re.match(r"\s*// SASS\b", line):
                 continue
+            match = re.match(r"\s*// SASS (.+?)\s*(?:\[([\w ]+)\])?: (.+)$", line)
+            if match is None:
+                raise CheckError(f"{source.name}:{number} is no declaration: {line.strip()}")
             words = match.group(3).split()
             found.append(
                 Declaration(
@@ -235,8 +237,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ptxas-report", type=Path, help="output of a build with -Xptxas -v")
     parser.add_argument("--all", action="store_true", help="list the other kernels too")
     options = parser.parse_args(arguments)
-    sources = listed_sources() if options.sources is None else sorted(options.sources.glob("*.cu"))
     try:
+        sources = listed_sources()
+        if options.sources is not None:
+            sources = sorted(options.sources.glob("*.cu"))
         declarations = parse_declarations(sources)
         if not declarations:
             raise CheckError("no .cu file has a // SASS line")

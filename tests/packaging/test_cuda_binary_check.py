@@ -131,8 +131,9 @@ def test_declarations(check: ModuleType, tmp_path: Path) -> None:
         "// A comment.\n"
         "// SASS EmbeddingSumProgram<float>: LDG.E.128|LDG.E.EF.128\n"
         "// SASS HopperProgram [90a 100]: HGMMA stack-allowed UTMALDG\n"
+        "// SASS ForwardProgram<torch_ext::cuda::Bf16, 64, false>: LDGSTS.*128\n"
     )
-    first, second = check.parse_declarations([source])
+    first, second, third = check.parse_declarations([source])
     assert first.program == "EmbeddingSumProgram<float>"
     assert first.instructions == ("LDG.E.128|LDG.E.EF.128",)
     assert not first.architectures
@@ -141,6 +142,13 @@ def test_declarations(check: ModuleType, tmp_path: Path) -> None:
     assert second.instructions == ("HGMMA", "UTMALDG")
     assert second.stack_allowed
     assert second.place == "x.cu:3"
+    assert third.program == "ForwardProgram<torch_ext::cuda::Bf16, 64, false>"
+    assert third.instructions == ("LDGSTS.*128",)
+    source.write_text("// SASS ForwardProgram LDG\n")
+    with pytest.raises(
+        check.CheckError, match=r"x\.cu:1 is no declaration: // SASS ForwardProgram LDG"
+    ):
+        check.parse_declarations([source])
 
 
 def test_good_code_passes(run) -> None:

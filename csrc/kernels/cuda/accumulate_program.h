@@ -97,6 +97,7 @@ struct AccumulateProgram {
                                               std::uint32_t own_chunk, const Scalars<T>& scalars) {
     const std::int64_t begin = std::int64_t{own_chunk} * kChunkElements;
     const std::int64_t end = min_of(begin + kChunkElements, entry.count);
+    TORCH_EXT_NO_UNROLL
     for (std::int64_t i = begin + thread; i < end; i += kThreads) element(entry, i, i, scalars);
   }
 
@@ -107,6 +108,7 @@ struct AccumulateProgram {
     const ListTile tile = list_tile(loop, own_chunk);
     const TilePlace accumulator = tile_place(loop, tile, kAccumulator);
     const TilePlace grad = tile_place(loop, tile, kGrad);
+    TORCH_EXT_NO_UNROLL
     for (int place = thread; place < kTilePlaces; place += kThreads) {
       const std::int64_t row = place >> loop.tile_columns_log2;
       const std::int64_t col = place & ((1 << loop.tile_columns_log2) - 1);
@@ -137,9 +139,11 @@ struct AccumulateProgram {
     const int bytes[2] = {kBytes, kGradBytes};
     const VectorSpan span = vector_span(data, bytes, count, kWidth);
     const int tail = span.head + span.vectors * kWidth;
+    TORCH_EXT_NO_UNROLL
     for (int i = thread; i < span.head; i += kThreads) {
       element(entry, begin + i, begin + i, scalars);
     }
+    TORCH_EXT_NO_UNROLL
     for (int i = tail + thread; i < count; i += kThreads) {
       element(entry, begin + i, begin + i, scalars);
     }

@@ -212,6 +212,7 @@ struct StepChunks {
     }
     const std::int64_t begin = std::int64_t{own_chunk} * kChunkElements;
     const std::int64_t end = min_of(begin + kChunkElements, entry.count);
+    TORCH_EXT_NO_UNROLL
     for (std::int64_t i = begin + thread; i < end; i += kThreads) {
       store_scalar<float>(entry.data[kGrad], i, type, 0.0f);
     }
