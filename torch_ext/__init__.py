@@ -14,7 +14,7 @@ from torch_ext.attention import (
     self_attention,
 )
 from torch_ext.gradient_accumulation import GradientAccumulator
-from torch_ext.micro_batch_workers import parallel_micro_batches
+from torch_ext.parallel_accumulation import parallel_micro_batches
 from torch_ext.sdpa_override import disable, enable, enabled, is_enabled
 
 __all__ = [

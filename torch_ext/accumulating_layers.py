@@ -11,6 +11,7 @@ layer's class altogether.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import MethodType
 from typing import Any
 
 import torch
@@ -42,42 +43,38 @@ def _is_plain_call(input: Tensor) -> bool:
 
 
 def _linear_forward(
-    module: nn.Linear, linear: Callable[..., Tensor], index_of: dict[int, int]
-) -> Callable[[Tensor], Tensor]:
-    parameters = module._parameters
-
-    def forward(input: Tensor) -> Tensor:
-        weight = parameters.get("weight")
+    linear: Callable[..., Tensor], index_of: dict[int, int]
+) -> Callable[[nn.Linear, Tensor], Tensor]:
+    def forward(self: nn.Linear, input: Tensor) -> Tensor:
+        weight = self._parameters.get("weight")
         index = index_of.get(id(weight), -1)
         if index < 0 or weight is None or not weight.requires_grad or not _is_plain_call(input):
-            return F.linear(input, module.weight, module.bias)
-        bias = parameters.get("bias")
-        if bias is None and module.bias is not None:
-            return F.linear(input, module.weight, module.bias)
+            return F.linear(input, self.weight, self.bias)
+        bias = self._parameters.get("bias")
+        if bias is None and self.bias is not None:
+            return F.linear(input, self.weight, self.bias)
         return linear(input, weight, bias, index, index_of.get(id(bias), -1))
 
     return forward
 
 
 def _embedding_forward(
-    module: nn.Embedding, embedding: Callable[..., Tensor], index_of: dict[int, int]
-) -> Callable[[Tensor], Tensor]:
-    parameters = module._parameters
-
-    def forward(input: Tensor) -> Tensor:
-        weight = parameters.get("weight")
+    embedding: Callable[..., Tensor], index_of: dict[int, int]
+) -> Callable[[nn.Embedding, Tensor], Tensor]:
+    def forward(self: nn.Embedding, input: Tensor) -> Tensor:
+        weight = self._parameters.get("weight")
         index = index_of.get(id(weight), -1)
         if (
             index < 0
             or weight is None
             or not weight.requires_grad
-            or module.sparse
-            or module.max_norm is not None
+            or self.sparse
+            or self.max_norm is not None
             or not _is_plain_call(input)
         ):
-            return type(module).forward(module, input)
-        padding_idx = -1 if module.padding_idx is None else module.padding_idx
-        return embedding(input, weight, padding_idx, module.scale_grad_by_freq, index)
+            return type(self).forward(self, input)
+        padding_idx = -1 if self.padding_idx is None else self.padding_idx
+        return embedding(input, weight, padding_idx, self.scale_grad_by_freq, index)
 
     return forward
 
@@ -114,18 +111,17 @@ class AccumulatingLayers:
     def __init__(
         self, model: nn.Module, core: Any, index_of: dict[int, int], device: torch.device
     ) -> None:
-        self._forwards: list[tuple[dict[str, Any], Callable[[Tensor], Tensor]]] = []
-        linear = core.linear if _has_kernel("linear_wgrad_", device) else None
-        embedding = core.embedding if _has_kernel("embedding_wgrad_", device) else None
+        # Bound methods: a copy of the module that is made meanwhile has its own weights' forward.
+        self._forwards: list[tuple[dict[str, Any], MethodType]] = []
+        kinds: dict[Any, Callable[..., Tensor]] = {}
+        if _has_kernel("linear_wgrad_", device):
+            kinds[nn.Linear.forward] = _linear_forward(core.linear, index_of)
+        if _has_kernel("embedding_wgrad_", device):
+            kinds[nn.Embedding.forward] = _embedding_forward(core.embedding, index_of)
         for module in _eager_modules(model, set()):
-            forward = type(module).forward
-            if forward is nn.Linear.forward and linear is not None:
-                armed = _linear_forward(module, linear, index_of)
-            elif forward is nn.Embedding.forward and embedding is not None:
-                armed = _embedding_forward(module, embedding, index_of)
-            else:
-                continue
-            self._forwards.append((module.__dict__, armed))
+            armed = kinds.get(type(module).forward)
+            if armed is not None:
+                self._forwards.append((module.__dict__, MethodType(armed, module)))
 
     def __len__(self) -> int:
         return len(self._forwards)

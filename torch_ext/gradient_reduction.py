@@ -93,13 +93,15 @@ class DataParallelReduction(Reduction):
 
     Args:
         ddp: the wrapped module, whose processes these are.
+        count: of the accumulator's parameters.
     """
 
     is_alone = False
     leaves_node_hooks = True
 
-    def __init__(self, ddp: nn.Module) -> None:
+    def __init__(self, ddp: nn.Module, count: int) -> None:
         self._ddp = ddp
+        self._count = count
         self._group = ddp.process_group
         self._no_sync: contextlib.ExitStack | None = None
 
@@ -125,8 +127,11 @@ class DataParallelReduction(Reduction):
         """Adds up all processes' sums; returns (weight, first micro-batch's square and weight)."""
         import torch.distributed as dist
 
-        own = torch.cat([core.weight().reshape(1), core.first_micro_batch()])
-        present = torch.zeros(core.size(), dtype=own.dtype, device=own.device)
+        core.measure_first()
+        first = core.first_micro_batch()
+        has_first = first.isfinite().all().to(first.dtype).reshape(1)
+        own = torch.cat([core.weight().reshape(1), first.nan_to_num(), has_first])
+        present = torch.zeros(self._count, dtype=own.dtype, device=own.device)
         present[core.written()] = 1.0
         together = torch.cat([own, present])
         dist.all_reduce(together, group=self._group)
@@ -138,9 +143,9 @@ class DataParallelReduction(Reduction):
             )
         core.zero_missing(written)
         _all_reduce(core.sums(written), self._group)
-        # Of the first micro-batches each process has one: their mean.
-        together[1 : len(own)] /= dist.get_world_size(self._group)
-        return together[: len(own)]
+        # Each process has a first micro-batch, or none at all: their mean.
+        weight, first, count = together[: len(own)].split((1, 2, 1))
+        return torch.cat([weight, first / count])
 
 
 def _all_reduce(sums: list[Tensor], group: Any) -> None:
@@ -285,7 +290,7 @@ def reduction_of(model: nn.Module, params: list[Tensor], names: list[str]) -> Re
             )
     ddp = _find_ddp(model)
     if ddp is not None:
-        return DataParallelReduction(ddp)
+        return DataParallelReduction(ddp, len(params))
     groups = _fsdp_groups(module)
     managed = {id(param.sharded_param) for group in groups for param in group.fsdp_params}
     for name, param in zip(names, params, strict=True):

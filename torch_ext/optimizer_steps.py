@@ -129,6 +129,11 @@ class OptimizerStep:
 
     def _check_held(self, written: Iterable[int]) -> None:
         held = {id(param) for group in self._optimizer.param_groups for param in group["params"]}
+        if not held <= self._index_of.keys():
+            raise RuntimeError(
+                "torch_ext.GradientAccumulator: step(): the optimizer has been given parameters "
+                "that are not the model's: make an accumulator for both"
+            )
         for index in written:
             if id(self._params[index]) not in held:
                 raise RuntimeError(
@@ -145,11 +150,9 @@ class OptimizerStep:
             return None
         if any(group["differentiable"] for group in groups):
             return None
-        if kind in (AdamW, Adam) and all(map(_is_plain_adam, groups)):
-            return self._adam_step
-        if kind is SGD and all(map(_is_plain_sgd, groups)):
-            return self._sgd_step
-        return None
+        if kind is SGD:
+            return self._sgd_step if all(map(_is_plain_sgd, groups)) else None
+        return self._adam_step if all(map(_is_plain_adam, groups)) else None
 
     def _masters(self, indices: list[int]) -> list[Tensor]:
         return self._core.masters(indices) if self._has_masters else []

@@ -133,6 +133,11 @@ def test_optimizers() -> None:
         model(torch.ones(1, 3)).sum().backward()
     with pytest.raises(RuntimeError, match=r"1\.weight has a gradient, but the optimizer"):
         accumulator.step()
+    accumulator.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+    with accumulator.micro_batch():
+        model(torch.ones(1, 3)).sum().backward()
+    with pytest.raises(RuntimeError, match="has been given parameters that are not the model's"):
+        accumulator.step()
 
 
 def test_order_of_calls() -> None:

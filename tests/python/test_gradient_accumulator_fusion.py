@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from accumulation_models import (
     assert_same_parameters,
     loss_sum,
     one_large_batch,
+    stock_window,
     token_batches,
     twins,
 )
@@ -35,6 +37,25 @@ def test_modules_are_theirs_again_afterwards() -> None:
         assert type(model.twice) is nn.Linear
         loss_sum(model, _BATCHES[0]).backward()
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_copy_made_inside_a_micro_batch_has_weights_of_its_own() -> None:
+    model, optimizer, stock, stock_optimizer = twins(_sgd)
+    accumulator = GradientAccumulator(model, optimizer)
+    with accumulator.micro_batch(weight=_BATCHES[0][1].numel()):
+        copied = copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter in copied.parameters():
+                parameter.mul_(2.0)
+        expected = loss_sum(copied, _BATCHES[0])
+        assert expected != loss_sum(model, _BATCHES[0])
+        expected.backward()
+        loss_sum(model, _BATCHES[0]).backward()
+    assert torch.equal(loss_sum(copied, _BATCHES[0]), expected)
+    assert all(parameter.grad is not None for parameter in copied.parameters())
+    accumulator.step()
+    stock_window(stock, stock_optimizer, _BATCHES[:1])
+    assert_same_parameters(model, stock)
 
 
 def test_layers_with_a_forward_of_their_own_keep_it() -> None:

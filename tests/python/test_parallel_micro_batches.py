@@ -24,6 +24,8 @@ from accumulation_models import (
 from torch import Tensor, nn
 
 from torch_ext import GradientAccumulator, parallel_micro_batches
+from torch_ext.micro_batch_gradients import SeparateWindow
+from torch_ext.micro_batch_streams import run_on_streams
 
 _BATCHES = token_batches((3, 1, 4, 2, 2, 5, 1))
 
@@ -231,6 +233,21 @@ def test_calls_from_several_threads_at_once() -> None:
     for seed in (2, 3):
         for name, value in results[seed].items():
             assert torch.equal(value, results[seed - 2][name])
+
+
+@pytest.mark.parametrize("streams", [1, 3])
+def test_streams_add_in_order_what_one_thread_starts(streams: int) -> None:
+    """The way of other devices, on the CPU's streams, which do everything at once."""
+    model, optimizer, stock, stock_optimizer = twins(_sgd)
+    accumulator = GradientAccumulator(model, optimizer)
+    window = SeparateWindow(accumulator, _loss)
+    run_on_streams(window, iter(_BATCHES), streams, torch.device("cpu"))
+    assert accumulator.micro_batches == 0
+    window.merge()
+    assert accumulator.micro_batches == len(_BATCHES)
+    accumulator.step()
+    stock_window(stock, stock_optimizer, _BATCHES)
+    assert_same_parameters(model, stock)
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,11 @@ class GradientAccumulationMixin(_Base):
     fuse_linear = True
     """As in GradientAccumulator; a class attribute, to be set in a subclass."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # What is put in the place of others' methods while training: owner, name, ours, theirs.
+        self._attached: list[tuple[Any, str, Any, Any]] = []
+        super().__init__(*args, **kwargs)
+
     @property
     def accumulator(self) -> GradientAccumulator | None:
         """The accumulator at work; None before the first step of ``train()``."""
@@ -98,15 +103,24 @@ class GradientAccumulationMixin(_Base):
             self._resumed_from = None
         # The Trainer's loop clips, then steps: both are the accumulator's, and the gradients that
         # it would clip and step with are not in .grad.
-        self.accelerator.clip_grad_norm_ = self._clip
-        self.optimizer.step = self._step
+        self._attach(self.accelerator, "clip_grad_norm_", self._clip)
+        self._attach(self.optimizer, "step", self._wrapped_step())
         return self._accumulator
+
+    def _attach(self, owner: Any, name: str, method: Any) -> None:
+        self._attached.append((owner, name, method, vars(owner).get(name)))
+        setattr(owner, name, method)
 
     def _detach(self) -> None:
         self._accumulator = None
-        for owner, name in ((self.accelerator, "clip_grad_norm_"), (self.optimizer, "step")):
-            if getattr(vars(owner).get(name), "__self__", None) is self:
+        while self._attached:
+            owner, name, method, before = self._attached.pop()
+            if vars(owner).get(name) is not method:
+                continue
+            if before is None:
                 delattr(owner, name)
+            else:
+                setattr(owner, name, before)
 
     def _scaler(self) -> Any:
         return getattr(self.accelerator, "scaler", None)
@@ -115,7 +129,16 @@ class GradientAccumulationMixin(_Base):
         assert self._accumulator is not None
         return self._accumulator.prepare_step(self._scaler())
 
-    def _step(self, closure: Any = None) -> None:
+    def _wrapped_step(self) -> Any:
+        def step(closure: Any = None) -> None:
+            self.optimizer._opt_called = True
+            self._step()
+
+        # Schedulers look for their own mark to see whether the optimizer is stepped at all.
+        step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+        return step
+
+    def _step(self) -> None:
         assert self._accumulator is not None
         scaler = self._scaler()
         norm = self._accumulator.step(scaler)

@@ -52,60 +52,84 @@ struct WeightWorkspace {
   }
 };
 
+/// One contraction step of `count` <= kLanes columns as panel scalars, zeros beyond them: a row's
+/// elements, or those of two rows in pairs. `second` is null beyond the last token.
+template <typename Policy>
+TORCH_EXT_INLINE Vec<typename Policy::Scalar> gather_step(const char* first, const char* second,
+                                                          ScalarType type, std::int64_t col_stride,
+                                                          std::int64_t count) {
+  using Scalar = typename Policy::Scalar;
+  constexpr int kLanes = Simd<Scalar>::kLanes;
+  if constexpr (Policy::kDepth == 1) {
+    static_cast<void>(second);
+    return load_elements<Scalar>(first, type, col_stride, count);
+  } else {
+    Vec<Scalar> pairs{};
+    for (int i = 0; i < min_of(kLanes, count); ++i) {
+      const std::uint32_t high = second == nullptr ? 0u : bf16_at(second, i * col_stride);
+      pairs[i] = bf16_at(first, i * col_stride) | high << 16;
+    }
+    return pairs;
+  }
+}
+
+/// The same of kLanes columns that lie together.
+template <typename Policy>
+TORCH_EXT_INLINE Vec<typename Policy::Scalar> load_step(const char* first, const char* second,
+                                                        ScalarType type) {
+  using Scalar = typename Policy::Scalar;
+  if constexpr (Policy::kDepth == 1) {
+    static_cast<void>(second);
+    return load_elements<Scalar>(first, type);
+  } else {
+    const Vec<Scalar> low = widen_uint16(first);
+    return second == nullptr ? low : low | widen_uint16(second) << 16;
+  }
+}
+
 /// panel[group][step][kWidth] of columns [0, columns) of `tokens` rows, zeros beyond the columns
-/// and beyond the last token of a pair. kWidth is a whole number of vectors or less than one.
+/// and beyond the last token of a pair. A group is some vectors or an even part of one.
 template <typename Policy, int kWidth>
 static void pack_panel(const ConstMatrix& matrix, std::int64_t token, std::int64_t tokens,
                        std::int64_t column, std::int64_t columns, typename Policy::Scalar* panel) {
   using Scalar = typename Policy::Scalar;
   constexpr int kLanes = Simd<Scalar>::kLanes;
-  constexpr int kStep = kWidth % kLanes == 0 ? kLanes : kWidth;
+  constexpr int kPart = kWidth < kLanes ? kWidth : kLanes;  // of a vector, to one group
   const std::int64_t steps = depth_steps<Policy>(tokens);
-  const std::int64_t groups = (columns + kWidth - 1) / kWidth;
-  // Column-major gradients (a transposed linear's) are rare and small: gathered element by element.
-  for (std::int64_t step = 0; step < steps; ++step) {
-    const char* source = element_at(
-        matrix.data, matrix.type,
-        (token + step * Policy::kDepth) * matrix.row_stride + column * matrix.col_stride);
-    for (std::int64_t group = 0; group < groups; ++group) {
-      Scalar* target = panel + (group * steps + step) * kWidth;
+  const std::int64_t row_bytes = matrix.row_stride * bytes_of(matrix.type);
+  const char* const source =
+      element_at(matrix.data, matrix.type, token * matrix.row_stride + column * matrix.col_stride);
+  const auto store_vector = [&](std::int64_t col, std::int64_t step, Vec<Scalar> values) {
 #pragma GCC unroll 4
-      for (int lane = 0; lane < kWidth; lane += kStep) {
-        const std::int64_t first = group * kWidth + lane;
-        const std::int64_t wanted = max_of(0, min_of(kStep, columns - first));
-        Vec<Scalar> values;
-        if constexpr (Policy::kDepth == 1) {
-          values = load_elements<Scalar>(element_at(source, matrix.type, first * matrix.col_stride),
-                                         matrix.type, matrix.col_stride, wanted);
-        } else {
-          const bool has_second = step * 2 + 1 < tokens;
-          alignas(64) std::uint16_t low[kLanes] = {};
-          alignas(64) std::uint16_t high[kLanes] = {};
-          const char* second = source + 2 * matrix.row_stride;
-          if (matrix.col_stride == 1) {
-            __builtin_memcpy(low, source + 2 * first, static_cast<std::size_t>(2 * wanted));
-            if (has_second) {
-              __builtin_memcpy(high, second + 2 * first, static_cast<std::size_t>(2 * wanted));
-            }
-          } else {
-            for (std::int64_t i = 0; i < wanted; ++i) {
-              low[i] = bf16_at(source, (first + i) * matrix.col_stride);
-              if (has_second) high[i] = bf16_at(second, (first + i) * matrix.col_stride);
-            }
-          }
-          Uint16HalfVector low_half;
-          Uint16HalfVector high_half;
-          __builtin_memcpy(&low_half, low, sizeof low_half);
-          __builtin_memcpy(&high_half, high, sizeof high_half);
-          values = __builtin_convertvector(low_half, Uint32Vector) |
-                   __builtin_convertvector(high_half, Uint32Vector) << 16;
-        }
-        if constexpr (kStep == kLanes) {
-          store<Scalar>(target + lane, values);
-        } else {
-          __builtin_memcpy(target + lane, &values, kStep * sizeof(Scalar));
-        }
-      }
+    for (int part = 0; part < kLanes; part += kPart) {
+      const std::int64_t first = col + part;
+      if (part > 0 && first >= columns) return;  // no such group
+      Scalar* const target =
+          panel + (first / kWidth * steps + step) * kWidth + (kPart == kLanes ? first % kWidth : 0);
+      __builtin_memcpy(target, reinterpret_cast<const Scalar*>(&values) + part,
+                       kPart * sizeof(Scalar));
+    }
+  };
+  // What is loaded whole; the rest, and matrices whose columns lie apart (a transposed linear's),
+  // element by element.
+  const std::int64_t whole = matrix.col_stride == 1 ? columns / kLanes * kLanes : 0;
+  const std::int64_t padded = round_up(columns, kWidth > kLanes ? kWidth : kPart);
+  for (std::int64_t step = 0; step < steps; ++step) {
+    const char* const first = source + step * Policy::kDepth * row_bytes;
+    const char* const second =
+        Policy::kDepth == 2 && step * 2 + 1 < tokens ? first + row_bytes : nullptr;
+    std::int64_t col = 0;
+    for (; col < whole; col += kLanes) {
+      const std::int64_t offset = col * bytes_of(matrix.type);
+      store_vector(col, step,
+                   load_step<Policy>(first + offset, second == nullptr ? second : second + offset,
+                                     matrix.type));
+    }
+    for (; col < padded; col += kLanes) {
+      const std::int64_t offset = col * matrix.col_stride * bytes_of(matrix.type);
+      store_vector(col, step,
+                   gather_step<Policy>(first + offset, second == nullptr ? second : second + offset,
+                                       matrix.type, matrix.col_stride, max_of(0, columns - col)));
     }
   }
 }

@@ -78,7 +78,7 @@ GradientAccumulator::MicroBatch::~MicroBatch() noexcept(false) {
 at::Tensor GradientAccumulator::step(torch::optim::Optimizer& optimizer) {
   AccumulatorCore& core = state_->core;
   check_optimizer(optimizer, core);
-  core.check_steppable(/*needs_gradient=*/true);
+  core.check_steppable(/*is_alone=*/true);
   const StepScale scale =
       core.normalise(core.measure(), core.weight(), core.first_micro_batch(), /*multiplier=*/1.0,
                      /*inverse_scale=*/std::nullopt, state_->options.max_norm());

@@ -80,6 +80,7 @@ TORCH_LIBRARY_FRAGMENT(torch_ext, m) {
       .def("ignore_node_hooks", &AccumulatorCore::ignore_node_hooks)
       .def("micro_batches", &AccumulatorCore::micro_batches)
       .def("weight", &AccumulatorCore::weight)
+      .def("measure_first", &AccumulatorCore::measure_first)
       .def("first_micro_batch", &AccumulatorCore::first_micro_batch)
       .def("written", [](const CorePtr& core) { return numbers_of(core->written()); })
       .def("sums", [](const CorePtr& core,

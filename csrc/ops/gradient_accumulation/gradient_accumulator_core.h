@@ -91,16 +91,18 @@ class AccumulatorCore final : public torch::CustomClassHolder {
   std::int64_t micro_batches() const { return micro_batches_; }
   at::Tensor weight() const { return weight_.value(device()); }
   /// (2,), float64: the squared norm of the first micro-batch's sum and its weight; NaN where there
-  /// is one micro-batch only.
+  /// is one micro-batch only and measure_first() has not been called, or none.
   at::Tensor first_micro_batch() const;
+  /// As if a second micro-batch were to follow: other processes have one.
+  void measure_first() { before_more_gradients(); }
   std::vector<std::size_t> written() const { return buffers_.written(); }
   std::vector<at::Tensor> sums(const std::vector<std::size_t>& indices) const {
     return buffers_.sums(indices);
   }
   /// Sums of zeros for those that have none: other processes have gradients for them.
   void zero_missing(const std::vector<std::size_t>& indices);
-  /// needs_gradient: some parameter must have a sum.
-  void check_steppable(bool needs_gradient) const;
+  /// is_alone: there must be a micro-batch, and a gradient. Else other processes may have those.
+  void check_steppable(bool is_alone) const;
   SumStatistics measure() const;
   /// normalised gradient = multiplier * inverse_scale * sum / weight.
   StepScale normalise(const SumStatistics& statistics, const at::Tensor& weight,

@@ -24,14 +24,15 @@ GradStatsResult call_grad_stats(at::TensorList grads) {
   return op.call(grads);
 }
 
-void AccumulatorCore::check_steppable(bool needs_gradient) const {
+void AccumulatorCore::check_steppable(bool is_alone) const {
   check_intact();
   TORCH_CHECK(!open_,
               "torch_ext::GradientAccumulator: step() inside a micro_batch(): end it first");
+  if (!is_alone) return;
   TORCH_CHECK(micro_batches_ > 0,
               "torch_ext::GradientAccumulator: step() takes at least one micro-batch, got none");
   TORCH_CHECK(
-      !needs_gradient || !written().empty(),
+      !written().empty(),
       "torch_ext::GradientAccumulator: step() takes a window with gradients, got none: call "
       "backward() inside micro_batch()");
 }
@@ -58,7 +59,7 @@ StepScale AccumulatorCore::normalise(const SumStatistics& statistics, const at::
   if (max_norm.has_value()) {
     coefficient = coefficient * (*max_norm / (norm + kClipEpsilon)).clamp_max(1.0);
   }
-  if (micro_batches_ > 1) {
+  if (first_square_.defined() || micro_batches_ == 0) {
     const at::Tensor small_batch = first_micro_batch.select(0, 1);
     const at::Tensor small = first_micro_batch.select(0, 0) * (unscale / small_batch).square();
     noise_.update(small, small_batch, norm.square(), weight, found_inf);
