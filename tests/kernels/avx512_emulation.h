@@ -23,6 +23,7 @@ namespace torch_ext::emulation {
 typedef float Float16 __attribute__((vector_size(64), may_alias));
 typedef std::uint32_t Word16 __attribute__((vector_size(64), may_alias));
 typedef std::int64_t Int8 __attribute__((vector_size(64), may_alias));
+typedef double Double8 __attribute__((vector_size(64), may_alias));
 typedef std::uint16_t Short16 __attribute__((vector_size(32), may_alias));
 
 /// A register of pairs of bf16, as the compiler's __m512bh and __m256bh are.
@@ -85,6 +86,24 @@ static inline __attribute__((always_inline)) __m256i round_to_fp16(Float16 x) {
                           _mm256_cvtps_ph(wide.half[0], _MM_FROUND_TO_NEAREST_INT));
 }
 
+static inline __attribute__((always_inline)) Double8 widen_floats(__m256 x) {
+  struct Halves {
+    __m256d half[2];
+  } wide{
+      {_mm256_cvtps_pd(_mm256_castps256_ps128(x)), _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1))}};
+  Double8 result;
+  __builtin_memcpy(&result, &wide, sizeof result);
+  return result;
+}
+
+static inline __attribute__((always_inline)) __m256 narrow_doubles(Double8 x) {
+  struct Halves {
+    __m256d half[2];
+  } wide;
+  __builtin_memcpy(&wide, &x, sizeof x);
+  return _mm256_set_m128(_mm256_cvtpd_ps(wide.half[1]), _mm256_cvtpd_ps(wide.half[0]));
+}
+
 /// As the instruction, it faults where the address is not aligned to 64 bytes.
 static inline __attribute__((always_inline)) void store_streaming(void* target, Float16 x) {
   if (reinterpret_cast<std::uintptr_t>(target) % 64 != 0) __builtin_trap();
@@ -131,6 +150,11 @@ static __attribute__((noinline)) Vector shuffle(Vector a, Vector b, Mask mask) {
 #undef _mm512_cvtps_ph
 #define _mm512_cvtps_ph(x, rounding) \
   ::torch_ext::emulation::round_to_fp16((::torch_ext::emulation::Float16)(x))
+#undef _mm512_cvtps_pd
+#define _mm512_cvtps_pd(x) ((__m512d)::torch_ext::emulation::widen_floats(x))
+#undef _mm512_cvtpd_ps
+#define _mm512_cvtpd_ps(x) \
+  ::torch_ext::emulation::narrow_doubles((::torch_ext::emulation::Double8)(x))
 #undef _mm512_stream_ps
 #define _mm512_stream_ps(target, x) \
   ::torch_ext::emulation::store_streaming(target, (::torch_ext::emulation::Float16)(x))

@@ -23,23 +23,12 @@ TORCH_EXT_INLINE void fence_streaming() {
 #endif
 }
 
-template <typename T, ScalarType kType>
-TORCH_EXT_INLINE Vec<T> load_typed(const char* source) {
-  if constexpr (sizeof(T) == 8 && kType == ScalarType::kFloat32) {
-    FloatHalfVector narrow;
-    __builtin_memcpy(&narrow, source, sizeof narrow);
-    return __builtin_convertvector(narrow, DoubleVector);
-  } else {
-    return load_elements<T>(source, kType);
-  }
-}
-
 template <typename T, ScalarType kAccumulator, ScalarType kGrad, bool kOverwrite>
 TORCH_EXT_INLINE Vec<T> accumulate_vector(const char* accumulator, const char* grad, T beta,
                                           T scale) {
-  const Vec<T> addend = load_typed<T, kGrad>(grad) * scale;
+  const Vec<T> addend = load_elements<T>(grad, kGrad) * scale;
   if constexpr (kOverwrite) return addend;
-  return load_typed<T, kAccumulator>(accumulator) * beta + addend;
+  return load_elements<T>(accumulator, kAccumulator) * beta + addend;
 }
 
 /// `count` < kLanes elements, by the same arithmetic.
@@ -80,7 +69,7 @@ static void accumulate_dense(char* accumulator, const char* grad, std::int64_t c
       accumulate_few<T, true>(accumulator, kAccumulator, grad, kGrad, head, beta, scale);
       for (i = head; i + kLanes <= count; i += kLanes) {
         store_streaming<T>(accumulator + i * accumulator_bytes,
-                           load_typed<T, kGrad>(grad + i * grad_bytes) * scale);
+                           load_elements<T>(grad + i * grad_bytes, kGrad) * scale);
       }
       fence_streaming();
     }

@@ -31,6 +31,27 @@ TORCH_EXT_INLINE Uint16HalfVector narrow(Uint32Vector x) {
 #endif
 }
 
+TORCH_EXT_INLINE DoubleVector widen(FloatHalfVector x) {
+#if defined(TORCH_EXT_HAS_AVX512)
+  return (DoubleVector)_mm512_cvtps_pd((__m256)x);
+#elif defined(TORCH_EXT_HAS_AVX2)
+  return (DoubleVector)_mm256_cvtps_pd((__m128)x);
+#else
+  return __builtin_convertvector(x, DoubleVector);
+#endif
+}
+
+/// Rounded to nearest even.
+TORCH_EXT_INLINE FloatHalfVector narrow(DoubleVector x) {
+#if defined(TORCH_EXT_HAS_AVX512)
+  return (FloatHalfVector)_mm512_cvtpd_ps((__m512d)x);
+#elif defined(TORCH_EXT_HAS_AVX2)
+  return (FloatHalfVector)_mm256_cvtpd_ps((__m256d)x);
+#else
+  return __builtin_convertvector(x, FloatHalfVector);
+#endif
+}
+
 TORCH_EXT_INLINE FloatVector bf16_to_float(const void* source) {
   return (FloatVector)(widen_uint16(source) << 16);
 }
@@ -112,22 +133,21 @@ template <typename T>
 TORCH_EXT_INLINE Vec<T> load_elements(const void* source, ScalarType type) {
   if constexpr (sizeof(T) == 8) {
     if (type == ScalarType::kFloat64) return load<double>(source);
-    alignas(TORCH_EXT_VECTOR_BYTES) float wide[kFloatLanes] = {};
+    FloatHalfVector half;
     if (type == ScalarType::kFloat32) {
-      __builtin_memcpy(wide, source, kDoubleLanes * 4);
+      __builtin_memcpy(&half, source, sizeof half);
     } else if (type == ScalarType::kBool) {
       for (int lane = 0; lane < kDoubleLanes; ++lane) {
-        wide[lane] = static_cast<const std::uint8_t*>(source)[lane] ? 0.0f : -kInfinity<float>;
+        half[lane] = static_cast<const std::uint8_t*>(source)[lane] ? 0.0f : -kInfinity<float>;
       }
     } else {
-      std::uint16_t halves[kFloatLanes] = {};
-      __builtin_memcpy(halves, source, kDoubleLanes * 2);
-      store<float>(wide,
-                   type == ScalarType::kBFloat16 ? bf16_to_float(halves) : fp16_to_float(halves));
+      std::uint16_t bits[kFloatLanes] = {};
+      __builtin_memcpy(bits, source, kDoubleLanes * 2);
+      const FloatVector wide =
+          type == ScalarType::kBFloat16 ? bf16_to_float(bits) : fp16_to_float(bits);
+      __builtin_memcpy(&half, &wide, sizeof half);
     }
-    DoubleVector result;
-    for (int lane = 0; lane < kDoubleLanes; ++lane) result[lane] = wide[lane];
-    return result;
+    return widen(half);
   } else {
     switch (type) {
       case ScalarType::kFloat32:

@@ -2,7 +2,9 @@
 // so that fp32 neither overflows nor loses small tensors beside large ones: first within a block,
 // whose bounds are the shape's, then over the blocks in order. No sum depends on the thread count.
 
-constexpr int kNormChains = 4;  // independent sums: two FMA ports x 4 cycles latency / 2 per vector
+// Blocks that are read side by side: one stream a thread leaves the memory half idle, and their
+// sums are the independent chains that two FMA ports x 4 cycles latency want.
+constexpr int kNormStreams = 4;
 
 struct DoublePair {
   DoubleVector low;
@@ -13,15 +15,15 @@ template <ScalarType kType>
 TORCH_EXT_INLINE DoublePair load_double_pair(const char* source) {
   if constexpr (kType == ScalarType::kFloat64) {
     return {load<double>(source), load<double>(source + TORCH_EXT_VECTOR_BYTES)};
-  } else if constexpr (kType == ScalarType::kFloat32) {
-    return {load_typed<double, kType>(source),
-            load_typed<double, kType>(source + TORCH_EXT_VECTOR_BYTES / 2)};
   } else {
-    const FloatVector wide = load_elements<float>(source, kType);
     FloatHalfVector half[2];
-    __builtin_memcpy(half, &wide, sizeof half);
-    return {__builtin_convertvector(half[0], DoubleVector),
-            __builtin_convertvector(half[1], DoubleVector)};
+    if constexpr (kType == ScalarType::kFloat32) {
+      __builtin_memcpy(half, source, sizeof half);
+    } else {
+      const FloatVector wide = load_elements<float>(source, kType);
+      __builtin_memcpy(half, &wide, sizeof half);
+    }
+    return {widen(half[0]), widen(half[1])};
   }
 }
 
@@ -34,63 +36,91 @@ struct BlockNorm {
 // vanishes by that is too small to show beside what did not fit.
 constexpr double kDownscale = 0x1p-540;
 
-/// Sum of x^2, or of (kDownscale * x)^2.
+/// Of one block, as it is read.
 template <ScalarType kType, bool kDownscaled>
-static BlockNorm sum_squares(const char* source, std::int64_t count) {
-  constexpr int kLanes = 2 * kDoubleLanes;
-  DoubleVector sums[2 * kNormChains] = {};
+struct SquareSums {
+  static constexpr int kElements = 2 * kDoubleLanes;  // of one step
+  DoubleVector low{};
+  DoubleVector high{};
   // Of fp64 alone a finite element's square may be infinite: x * 0 is NaN where x is not finite.
   DoubleVector zeros{};
-  const std::int64_t bytes = bytes_of(kType);
-  const auto add = [&](DoublePair x, int chain) {
-    if constexpr (kType == ScalarType::kFloat64) zeros += x.low * 0.0 + x.high * 0.0;
+
+  TORCH_EXT_INLINE void add(SquareSums& sums, const char* source) {
+    DoublePair x = load_double_pair<kType>(source);
+    if constexpr (kType == ScalarType::kFloat64) sums.zeros += x.low * 0.0 + x.high * 0.0;
     if constexpr (kDownscaled) {
       x.low *= kDownscale;
       x.high *= kDownscale;
     }
-    sums[2 * chain] += x.low * x.low;
-    sums[2 * chain + 1] += x.high * x.high;
-  };
+    sums.low += x.low * x.low;
+    sums.high += x.high * x.high;
+  }
+
+  TORCH_EXT_INLINE BlockNorm total(const SquareSums& sums) {
+    const double sum = horizontal_sum<double>(sums.low + sums.high);
+    const bool finite = kType == ScalarType::kFloat64 ? horizontal_sum<double>(sums.zeros) == 0.0
+                                                      : sum - sum == 0.0;
+    return {sum, finite};
+  }
+};
+
+/// Sum of x^2, or of (kDownscale * x)^2, of `count` elements.
+template <ScalarType kType, bool kDownscaled>
+static BlockNorm sum_squares(const char* source, std::int64_t count) {
+  using Sums = SquareSums<kType, kDownscaled>;
+  const std::int64_t bytes = bytes_of(kType);
+  Sums sums;
   std::int64_t i = 0;
-  for (; i + kNormChains * kLanes <= count; i += kNormChains * kLanes) {
-    // One stream leaves the hardware's prefetcher short: 16 lines ahead.
-    __builtin_prefetch(source + i * bytes + 1024, 0, 3);
-    if constexpr (kNormChains * kLanes * 4 > 64 && kType != ScalarType::kBFloat16 &&
-                  kType != ScalarType::kFloat16) {
-      __builtin_prefetch(source + i * bytes + 1024 + 64, 0, 3);
-    }
+  for (; i + Sums::kElements <= count; i += Sums::kElements) Sums::add(sums, source + i * bytes);
+  if (i < count) {
+    alignas(64) char tail[Sums::kElements * 8] = {};
+    __builtin_memcpy(tail, source + i * bytes, static_cast<std::size_t>((count - i) * bytes));
+    Sums::add(sums, tail);
+  }
+  return Sums::total(sums);
+}
+
+/// The same of kNormStreams whole blocks that follow each other: the same sums, bit by bit.
+template <ScalarType kType, bool kDownscaled>
+static void sum_squares_of_streams(const char* source, BlockNorm* results) {
+  using Sums = SquareSums<kType, kDownscaled>;
+  static_assert(kListBlock % Sums::kElements == 0);
+  const std::int64_t bytes = bytes_of(kType);
+  Sums sums[kNormStreams];
+  for (std::int64_t i = 0; i < kListBlock; i += Sums::kElements) {
 #pragma GCC unroll 4
-    for (int chain = 0; chain < kNormChains; ++chain) {
-      add(load_double_pair<kType>(source + (i + chain * kLanes) * bytes), chain);
+    for (int stream = 0; stream < kNormStreams; ++stream) {
+      Sums::add(sums[stream], source + (stream * kListBlock + i) * bytes);
     }
   }
-  for (; i < count; i += kLanes) {
-    alignas(64) char tail[kLanes * 8] = {};
-    __builtin_memcpy(tail, source + i * bytes,
-                     static_cast<std::size_t>(min_of(count - i, kLanes) * bytes));
-    add(load_double_pair<kType>(tail), 0);
+#pragma GCC unroll 4
+  for (int stream = 0; stream < kNormStreams; ++stream) {
+    results[stream] = Sums::total(sums[stream]);
   }
-  for (int half = kNormChains; half >= 1; half /= 2) {
-    for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
-  }
-  const double sum = horizontal_sum<double>(sums[0]);
-  const bool finite =
-      kType == ScalarType::kFloat64 ? horizontal_sum<double>(zeros) == 0.0 : sum - sum == 0.0;
-  return {sum, finite};
+}
+
+/// Blocks [first, end) of a dense entry.
+template <bool kDownscaled>
+static void sum_squares_of_dense(const GradStatsEntry& entry, std::int64_t first, std::int64_t end,
+                                 BlockNorm* norms) {
+  with_floating_type(entry.grad.type, [&](auto type) {
+    constexpr ScalarType kType = decltype(type)::kType;
+    for (std::int64_t block = first; block < end;) {
+      const char* source = element_at(entry.grad.data, kType, block * kListBlock);
+      if (block + kNormStreams <= end && (block + kNormStreams) * kListBlock <= entry.count) {
+        sum_squares_of_streams<kType, kDownscaled>(source, norms + block);
+        block += kNormStreams;
+      } else {
+        norms[block] = sum_squares<kType, kDownscaled>(
+            source, min_of(kListBlock, entry.count - block * kListBlock));
+        ++block;
+      }
+    }
+  });
 }
 
 template <bool kDownscaled>
-static BlockNorm sum_squares_of_block(const GradStatsEntry& entry, std::int64_t block) {
-  BlockNorm result{0.0, true};
-  if (entry.loop.dims == 0) {
-    const std::int64_t begin = block * kListBlock;
-    const std::int64_t count = min_of(kListBlock, entry.count - begin);
-    with_floating_type(entry.grad.type, [&](auto type) {
-      constexpr ScalarType kType = decltype(type)::kType;
-      result = sum_squares<kType, kDownscaled>(element_at(entry.grad.data, kType, begin), count);
-    });
-    return result;
-  }
+static BlockNorm sum_squares_of_strip(const GradStatsEntry& entry, std::int64_t block) {
   const Strip strip = strip_at(entry.loop, block);
   const StripPlace place = strip_place(entry.loop, strip, 0);
   if (entry.grad.type == ScalarType::kFloat64) {
@@ -110,7 +140,7 @@ static std::size_t grad_stats_workspace(const GradStatsParams& params) {
   for (std::int64_t i = 0; i < params.num_entries; ++i) {
     blocks += count_blocks(params.entries[i].count, params.entries[i].loop);
   }
-  // Sum and finiteness of each block; each entry's first block, sum, exponent and finiteness.
+  // Each block's sum and finiteness; each entry's first block, and one beyond the last.
   return static_cast<std::size_t>(blocks * static_cast<std::int64_t>(sizeof(BlockNorm)) +
                                   (params.num_entries + 1) * 8 + 64);
 }
@@ -133,9 +163,13 @@ static NormPass norm_pass(const GradStatsParams& params, const TaskRunner& runne
                           const std::int64_t* first_blocks, BlockNorm* norms) {
   run_list(runner, params.entries, params.num_entries,
            [&](std::int64_t index, std::int64_t first, std::int64_t end) {
+             const GradStatsEntry& entry = params.entries[index];
+             BlockNorm* const own = norms + first_blocks[index];
+             if (entry.loop.dims == 0) {
+               return sum_squares_of_dense<kDownscaled>(entry, first, end, own);
+             }
              for (std::int64_t block = first; block < end; ++block) {
-               norms[first_blocks[index] + block] =
-                   sum_squares_of_block<kDownscaled>(params.entries[index], block);
+               own[block] = sum_squares_of_strip<kDownscaled>(entry, block);
              }
            });
   constexpr double kUpscale = kDownscaled ? 1.0 / kDownscale : 1.0;

@@ -9,19 +9,24 @@ template <typename T>
 TORCH_EXT_INLINE void store_rounded(void* target, ScalarType type, Vec<T> x) {
   if constexpr (sizeof(T) == 4) {
     if (type == ScalarType::kFloat64) {
-      double wide[kFloatLanes];
-      for (int lane = 0; lane < kFloatLanes; ++lane) wide[lane] = x[lane];
-      __builtin_memcpy(target, wide, sizeof wide);
-      return;
+      FloatHalfVector half[2];
+      __builtin_memcpy(half, &x, sizeof half);
+      store<double>(target, widen(half[0]));
+      return store<double>(static_cast<double*>(target) + kDoubleLanes, widen(half[1]));
     }
     store_elements<float>(target, type, x);
   } else {
     if (type == ScalarType::kFloat64) return store<double>(target, x);
-    float narrow[kFloatLanes] = {};
-    for (int lane = 0; lane < kDoubleLanes; ++lane) narrow[lane] = static_cast<float>(x[lane]);
+    const FloatHalfVector half = narrow(x);
+    if (type == ScalarType::kFloat32) {
+      __builtin_memcpy(target, &half, sizeof half);
+      return;
+    }
+    FloatVector wide{};
+    __builtin_memcpy(&wide, &half, sizeof half);
     char rounded[kFloatLanes * 4];
-    store_elements<float>(rounded, type, load<float>(narrow));
-    __builtin_memcpy(target, rounded, kDoubleLanes * bytes_of(type));
+    store_elements<float>(rounded, type, wide);
+    __builtin_memcpy(target, rounded, kDoubleLanes * 2);
   }
 }
 
