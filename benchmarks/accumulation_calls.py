@@ -1,6 +1,6 @@
 """Every way to do a mini-batch workload: ours, and the ways that PyTorch itself offers.
 
-A new kind of workload, such as a whole training window, is a function here and a line in CALLS.
+A new kind of workload is a function and a line in CALLS.
 """
 
 from __future__ import annotations
@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from accumulation_workloads import Shapes, Workload
+from accumulation_workloads import OURS, Shapes, Workload
 from torch import Tensor
+from training_windows import mlp_window, parallel_window
 
 import torch_ext  # noqa: F401  registers the operators
 
 OPS = torch.ops.torch_ext
 Call = Callable[[], object]
-OURS = "torch_ext"
 _LR = 1e-6  # nothing drifts far in a few hundred steps
 
 
@@ -201,6 +201,8 @@ CALLS: dict[str, Callable[[Workload], dict[str, Call]]] = {
     "clip_step": clip_step,
     "weight_gradient": weight_gradient,
     "embedding_gradient": embedding_gradient,
+    "mlp_window": mlp_window,
+    "parallel_window": parallel_window,
 }
 
 

@@ -6,8 +6,18 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["accumulate", "norm", "clip_step", "step", "weight_gradient", "embedding_gradient"]
+Kind = Literal[
+    "accumulate",
+    "norm",
+    "clip_step",
+    "step",
+    "weight_gradient",
+    "embedding_gradient",
+    "mlp_window",
+    "parallel_window",
+]
 Shapes = tuple[tuple[int, ...], ...]
+OURS = "torch_ext"  # among the names of the ways to do it
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -20,7 +30,7 @@ class Workload:
         kind: which calls do it: a key of accumulation_calls.CALLS.
         dtype: of the gradients; what they go into is float32.
         shapes: of the parameters.
-        tokens: rows that a weight gradient sums over.
+        tokens: rows that a weight gradient sums over; of one micro-batch.
         optimizer: "AdamW" or "SGD".
         bytes_per_element: read and written at least, for each element of a parameter.
         ratio: the fastest of torch's ways over ours, at least; None: no figure was set.
@@ -50,7 +60,9 @@ class Workload:
 
     @property
     def bytes(self) -> float:
-        """Read and written at least."""
+        """Read and written at least; 0 for training windows, which compute."""
+        if self.kind in ("mlp_window", "parallel_window"):
+            return 0.0
         gradient = _BYTES[self.dtype]
         if self.kind == "embedding_gradient":  # the rows that tokens name
             return self.tokens * self.shapes[0][1] * (gradient + 8.0)
@@ -120,6 +132,18 @@ def _weight_gradient(dtype: str, tokens: int, ratio: float | None) -> Workload:
     )
 
 
+def _mlp_window(dtype: str, tokens: int, ratio: float) -> Workload:
+    autocast = "" if dtype == "float32" else " autocast"
+    return Workload(
+        name=f"window of 4 x {tokens} tokens, 4 MLP blocks, {SHORT[dtype]}{autocast}",
+        kind="mlp_window",
+        dtype=dtype,
+        shapes=((3072, 768), (768, 3072)) * 4,
+        tokens=tokens,
+        ratio=ratio,
+    )
+
+
 WORKLOADS: tuple[Workload, ...] = (
     *(_accumulate(dtype) for dtype in ("bfloat16", "float16", "float32")),
     _small("float32", 1.5),
@@ -141,6 +165,18 @@ WORKLOADS: tuple[Workload, ...] = (
         ratio=1.3,
     ),
     *(_weight_gradient("bfloat16", t, ratio) for t, ratio in ((256, 1.1), (64, 1.3), (16, 1.6))),
+    _mlp_window("float32", 16, 1.15),
+    _mlp_window("bfloat16", 16, 1.3),
+    _mlp_window("float32", 64, 1.05),
+    _mlp_window("bfloat16", 64, 1.2),
+    Workload(
+        name="window of 4 x 512 tokens, 2-layer transformer, 2 workers",
+        kind="parallel_window",
+        dtype="float32",
+        shapes=((256, 64),) * 2,
+        tokens=512,
+        ratio=1.5,
+    ),
     *(_weight_gradient("float32", tokens, None) for tokens in (256, 64, 16)),
     Workload(
         name="embedding gradient 50304 x 768, 4096 tokens, bf16 into fp32",

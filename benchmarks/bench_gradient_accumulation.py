@@ -19,8 +19,8 @@ import accumulation_report as report
 import machine
 import timing
 import torch
-from accumulation_calls import OURS, calls_of
-from accumulation_workloads import Workload, select
+from accumulation_calls import calls_of
+from accumulation_workloads import OURS, Workload, select
 from memory_bandwidth import COPY, UPDATE, BandwidthProbe
 
 RESULTS = Path(__file__).resolve().parent / "results"

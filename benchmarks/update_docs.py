@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import accumulation_report
 import accuracy_report
 import report
 from environment import Environment
@@ -30,7 +31,13 @@ _NOTHING_YET = (
     "`--accuracy`, then `python benchmarks/update_docs.py`.*"
 )
 
+_NO_MINI_BATCHES_YET = (
+    "*No results yet: `python benchmarks/bench_gradient_accumulation.py --extra --save`, then "
+    "`python benchmarks/update_docs.py`.*"
+)
+
 Measured = list[tuple[Environment, list[Row]]]
+MeasuredMiniBatches = list[tuple[Environment, list[accumulation_report.Row]]]
 
 
 def newest_of_each_device(results: Path, kind: str) -> list[Path]:
@@ -54,7 +61,7 @@ def _bold_if(condition: bool, text: str) -> str:
     return f"**{text}**" if condition else text
 
 
-def _losses(rows: Sequence[Row]) -> str:
+def _losses(rows: Sequence[Row | accumulation_report.Row]) -> str:
     slower = [row for row in rows if row.ratio < 1.0]
     if not slower:
         return f"None of the {len(rows)} workloads measured is slower than torch."
@@ -110,6 +117,48 @@ def full_block(measured: Measured) -> str:
     return "\n\n".join(parts)
 
 
+def mini_batch_summary_block(measured: MeasuredMiniBatches) -> str:
+    """README.md: times, ratios and fractions of bandwidth of the mini-batch workloads."""
+    if not measured:
+        return _NO_MINI_BATCHES_YET
+    environment, rows = measured[0]
+    shown = [
+        (
+            row.workload,
+            row.fastest,
+            time_text(row.torch_seconds),
+            time_text(row.torch_ext_seconds),
+            _bold_if(row.ratio >= 1.0, f"{row.ratio:.2f}x"),
+        )
+        for row in rows
+        if row.group == "target"
+    ]
+    headings = (
+        "workload",
+        "the fastest of torch's ways",
+        "torch, ms",
+        "torch_ext, ms",
+        "times faster",
+    )
+    return f"{environment.title}\n\n{_markdown(headings, shown)}\n\n{_losses(rows)}"
+
+
+def mini_batch_block(measured: MeasuredMiniBatches) -> str:
+    """docs/performance.md: all mini-batch workloads, on every device."""
+    if not measured:
+        return _NO_MINI_BATCHES_YET
+    parts = []
+    for environment, rows in measured:
+        bandwidth = max(row.memory_bandwidth for row in rows) / 1e9
+        parts.append(f"### {environment.title}")
+        parts.append(f"Measured memory bandwidth, reading and writing: {bandwidth:.1f} GB/s.")
+        shown = [accumulation_report.cells(row) for row in rows]
+        parts.append(_markdown(accumulation_report.HEADINGS, shown))
+        summary = accumulation_report.summary(rows).replace("\n  ", "\n- ")
+        parts.append(f"{summary}\n\n{_losses(rows)}")
+    return "\n\n".join(parts)
+
+
 def accuracy_block(measured: list[tuple[Environment, list[accuracy_report.Errors]]]) -> str:
     """docs/numerics.md: errors against float64, the larger of the two in bold."""
     if not measured:
@@ -132,7 +181,13 @@ def blocks(results: Path) -> dict[str, str]:
     errors = [
         accuracy_report.read_json(path) for path in newest_of_each_device(results, "accuracy")
     ]
+    mini_batches = [
+        accumulation_report.read_json(path)
+        for path in newest_of_each_device(results, "mini_batches")
+    ]
     return {
+        "mini-batches-summary": mini_batch_summary_block(mini_batches),
+        "mini-batches-full": mini_batch_block(mini_batches),
         "attention-summary": summary_block(measured),
         "attention-full": full_block(measured),
         "accuracy": accuracy_block(errors),

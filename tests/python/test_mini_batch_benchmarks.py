@@ -55,7 +55,7 @@ def test_every_way_does_the_same() -> None:
     """From the same tensors, each way's first call leaves the same accumulators and parameters."""
     workloads, calls = _module("accumulation_workloads"), _module("accumulation_calls")
     for workload in workloads.WORKLOADS:
-        if workload.kind == "norm":
+        if workload.kind == "norm" or "window" in workload.kind:
             continue
         small = workload.shrunk()
         results = []
@@ -108,6 +108,30 @@ def test_norms_agree() -> None:
     assert ways["get_total_norm, isfinite"]()
 
 
+@pytest.mark.parametrize("kind", ["mlp", "parallel"])
+def test_training_windows_agree(kind: str) -> None:
+    """All trainings start from one model and see the same micro-batches."""
+    workloads, windows = _module("accumulation_workloads"), _module("training_windows")
+    for workload in workloads.WORKLOADS:
+        if workload.kind != f"{kind}_window":
+            continue
+        torch.manual_seed(0)
+        trainings = getattr(windows, f"{kind}_trainings")(workload.shrunk())
+        moments = {}
+        for name, training in trainings.items():
+            for _ in range(2):
+                training.window()
+            states = training.optimizer.state
+            moments[name] = [states[p]["exp_avg"] for p in training.model.parameters()]
+        ours = moments.pop("torch_ext")
+        assert any(moment.abs().max() > 1e-4 for moment in ours)
+        for name, theirs in moments.items():
+            for mine, other in zip(ours, theirs, strict=True):
+                is_fp32 = workload.dtype == "float32"
+                rtol, atol = (1e-3, 1e-6) if is_fp32 else (5e-2, 1e-3)
+                torch.testing.assert_close(mine, other, rtol=rtol, atol=atol, msg=name)
+
+
 def test_quick_run_writes_csv_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = {kind: tmp_path / f"figures.{kind}" for kind in ("csv", "json")}
     flags = ["--quick", "--extra", "--csv", str(files["csv"]), "--json", str(files["json"])]
@@ -123,11 +147,42 @@ def test_quick_run_writes_csv_and_json(tmp_path: Path, capsys: pytest.CaptureFix
         assert float(row["torch_ext_seconds"]) > 0
         assert row["fastest"]
         assert row["fastest"] != "torch_ext"
-        assert float(row["bandwidth_fraction"]) > 0
+        if "window" in row["workload"]:
+            assert not row["bandwidth_fraction"]
+        else:
+            assert float(row["bandwidth_fraction"]) > 0
     environment, read = _module("accumulation_report").read_json(files["json"])
     assert environment.torch == torch.__version__
     assert [row.workload for row in read] == [row["workload"] for row in rows]
     assert json.loads(files["json"].read_text())["rows"][0]["memory_bandwidth"] > 0
+
+
+def test_documents_are_written_from_results(tmp_path: Path) -> None:
+    bench, update = _module("bench_gradient_accumulation"), _module("update_docs")
+    (tmp_path / "docs").mkdir()
+    documents = {
+        "README.md": "mini-batches-summary",
+        "docs/performance.md": "mini-batches-full",
+        "docs/numerics.md": "accuracy",
+    }
+    for name, block in documents.items():
+        begin, end = f"<!-- BEGIN benchmarks:{block} -->", f"<!-- END benchmarks:{block} -->"
+        (tmp_path / name).write_text(f"{begin}\nold\n{end}\n")
+    flags = ["--root", str(tmp_path), "--results", str(tmp_path)]
+    assert update.main(flags) == 0
+    assert "No results yet" in (tmp_path / "README.md").read_text()
+    results = tmp_path / "mini_batches_cpu_2026-01-02.json"
+    bench.main(["--quick", "--only", "norm and inf", "--json", str(results)])
+    content = json.loads(results.read_text())
+    content["rows"][0] |= {"ratio": 0.5, "torch_seconds": 0.001, "torch_ext_seconds": 0.002}
+    results.write_text(json.dumps(content))
+    assert update.main(flags) == 0
+    name = content["rows"][0]["workload"]
+    assert (
+        f"| {name} | {content['rows'][0]['fastest']} | 1.00 | 2.00 | 0.50x |"
+        in (tmp_path / "README.md").read_text()
+    )
+    assert f"slower than torch: {name}" in (tmp_path / "docs/performance.md").read_text()
 
 
 def test_verdicts() -> None:
