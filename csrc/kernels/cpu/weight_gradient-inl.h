@@ -211,10 +211,13 @@ static void contract_block(std::int64_t rows, std::int64_t cols, std::int64_t st
         contract_group<Policy, false>(strip_rows, 1, steps, strip_left, group + vectors * kLanes,
                                       edge, kLanes);
         for (std::int64_t i = 0; i < strip_rows; ++i) {
-          Compute* target = strip + i * out_stride + col + vectors * kLanes;
-          for (std::int64_t j = 0; j < rest; ++j) {
-            target[j] = (kAccumulate ? target[j] : Compute(0)) + edge[i * kLanes + j];
-          }
+          // Vectors need no alignment; elements by themselves would.
+          Compute* const target = strip + i * out_stride + col + vectors * kLanes;
+          alignas(64) Compute sums[kLanes] = {};
+          const std::size_t bytes = static_cast<std::size_t>(rest) * sizeof(Compute);
+          if constexpr (kAccumulate) __builtin_memcpy(sums, target, bytes);
+          store<Compute>(sums, load<Compute>(sums) + load<Compute>(edge + i * kLanes));
+          __builtin_memcpy(target, sums, bytes);
         }
       }
     }
