@@ -67,7 +67,10 @@ TORCH_EXT_HOST_DEVICE inline bool dropout_keeps(std::uint64_t seed, std::uint32_
                                                 std::int64_t key) {
   const PhiloxBlock block = philox4x32_10(dropout_counter(slice, query, key), seed);
   const int index = static_cast<int>(key % kDropoutKeysPerCall);
-  const std::uint32_t bits = block.word[index / 2] >> (16 * (index % 2)) & 0xFFFFu;
+  // Selected: GPUs keep in registers only what is not indexed.
+  const std::uint32_t low = index / 2 % 2 == 0 ? block.word[0] : block.word[1];
+  const std::uint32_t high = index / 2 % 2 == 0 ? block.word[2] : block.word[3];
+  const std::uint32_t bits = (index < 4 ? low : high) >> (16 * (index % 2)) & 0xFFFFu;
   return bits >= threshold;
 }
 

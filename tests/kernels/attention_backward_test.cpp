@@ -32,6 +32,7 @@ TEST_P(AttentionBackward, HeadDims) { check_each_dtype(head_dim_cases); }
 TEST_P(AttentionBackward, ZeroSizes) { check_each_dtype(zero_sized_cases); }
 TEST_P(AttentionBackward, Layouts) { check_each_dtype(layout_cases); }
 TEST_P(AttentionBackward, BatchesAndGroups) { check_each_dtype(batch_and_group_cases); }
+TEST_P(AttentionBackward, UnroundedGradients) { check_each_dtype(unrounded_gradient_cases); }
 TEST_P(AttentionBackward, Causal) { check_each_dtype(causal_cases); }
 TEST_P(AttentionBackward, BooleanMasks) { check_each_dtype(boolean_mask_cases); }
 TEST_P(AttentionBackward, AdditiveMasks) { check_each_dtype(additive_mask_cases); }

@@ -138,6 +138,7 @@ std::string describe(const AttentionCase& spec) {
   if (spec.dropout > 0.0) text << " dropout " << spec.dropout;
   if (spec.has_grad_logsumexp) text << " grad_logsumexp";
   if (spec.wants_grad_mask) text << " grad_mask";
+  if (spec.unrounded_grads) text << " unrounded";
   if (spec.guard == GuardSide::kFront) text << " guard front";
   text << " seed " << spec.seed;
   return text.str();
@@ -260,12 +261,13 @@ void AttentionProblem::make_masks() {
 
 void AttentionProblem::make_outputs() {
   const Layout layout = layout_is_writable(spec.layout) ? spec.layout : Layout::kBhsd;
-  const auto make = [&](std::int64_t heads, std::int64_t rows, std::int64_t cols) {
-    return StridedTensor(spec.dtype, extent(heads, rows, cols), layout, spec.guard);
-  };
-  out = make(shape.query_heads, shape.q_len, shape.value_dim);
   const ScalarType accumulation =
       spec.dtype == ScalarType::kFloat64 ? ScalarType::kFloat64 : ScalarType::kFloat32;
+  const ScalarType gradient = spec.unrounded_grads ? accumulation : spec.dtype;
+  const auto make = [&](ScalarType type, std::int64_t heads, std::int64_t rows, std::int64_t cols) {
+    return StridedTensor(type, extent(heads, rows, cols), layout, spec.guard);
+  };
+  out = make(spec.dtype, shape.query_heads, shape.q_len, shape.value_dim);
   if (spec.wants_logsumexp) {
     logsumexp = StridedTensor(accumulation, extent(shape.query_heads, shape.q_len, 1));
   }
@@ -275,9 +277,9 @@ void AttentionProblem::make_outputs() {
     grad_key = packed.key;
     grad_value = packed.value;
   } else {
-    grad_query = make(shape.query_heads, shape.q_len, shape.head_dim);
-    grad_key = make(shape.kv_heads, shape.kv_len, shape.head_dim);
-    grad_value = make(shape.kv_heads, shape.kv_len, shape.value_dim);
+    grad_query = make(gradient, shape.query_heads, shape.q_len, shape.head_dim);
+    grad_key = make(gradient, shape.kv_heads, shape.kv_len, shape.head_dim);
+    grad_value = make(gradient, shape.kv_heads, shape.kv_len, shape.value_dim);
   }
   if (spec.wants_grad_mask) {
     grad_mask = StridedTensor(accumulation, extent(shape.query_heads, shape.q_len, shape.kv_len),
@@ -349,6 +351,7 @@ AttentionBackwardParams AttentionProblem::backward_params() const {
           .grad_out = grad_out.const_view(),
           .logsumexp = logsumexp.view().data,
           .grad_logsumexp = grad_logsumexp.view().data,
+          .unrounded_grads = spec.unrounded_grads,
           .grad_query = grad_query.view(),
           .grad_key = grad_key.view(),
           .grad_value = grad_value.view(),

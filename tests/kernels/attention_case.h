@@ -55,6 +55,7 @@ struct AttentionCase {
   bool wants_logsumexp = true;
   bool has_grad_logsumexp = false;
   bool wants_grad_mask = false;
+  bool unrounded_grads = false;  // of query, key and value: float for 16-bit types; not packed
   bool forward_only = false;
   double magnitude = 1.0;         // standard deviation of query and key
   double tolerance_factor = 1.0;  // on the error bounds of the dtype

@@ -187,6 +187,27 @@ CaseList batch_and_group_cases(ScalarType dtype) {
   return numbered(cases);
 }
 
+CaseList unrounded_gradient_cases(ScalarType dtype) {
+  CaseList cases;
+  for (const std::int64_t head_dim : {24, 64, 100, 130, 264}) {
+    for (const Layout layout : {Layout::kBhsd, Layout::kPaddedRows}) {
+      AttentionCase spec{.dtype = dtype,
+                         .query_heads = 4,
+                         .kv_heads = 2,
+                         .q_len = 33,
+                         .kv_len = 70,
+                         .head_dim = head_dim,
+                         .layout = layout,
+                         .unrounded_grads = true};
+      cases.push_back(spec);
+      spec.mask.kind = AttentionMaskKind::kBoolean;
+      spec.dropout = 0.2;
+      cases.push_back(spec);
+    }
+  }
+  return numbered(cases);
+}
+
 CaseList causal_cases(ScalarType dtype) {
   CaseList cases;
   constexpr std::int64_t kHuge = std::int64_t{1} << 40;

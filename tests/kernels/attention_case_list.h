@@ -26,6 +26,8 @@ CaseList zero_sized_cases(ScalarType dtype);
 /// Every layout of every tensor, packed too, with an inaccessible page behind or before.
 CaseList layout_cases(ScalarType dtype);
 CaseList batch_and_group_cases(ScalarType dtype);
+/// Gradients that the caller is to sum up, and round after that.
+CaseList unrounded_gradient_cases(ScalarType dtype);
 CaseList causal_cases(ScalarType dtype);
 CaseList boolean_mask_cases(ScalarType dtype);
 CaseList additive_mask_cases(ScalarType dtype);

@@ -56,6 +56,11 @@ TEST(CudaAttentionBackward, HeadDims) { check_each_dtype(head_dim_cases, 5); }
 TEST(CudaAttentionBackward, ZeroSizes) { check_each_dtype(zero_sized_cases, 7); }
 TEST(CudaAttentionBackward, Layouts) { check_each_dtype(layout_cases, 5); }
 TEST(CudaAttentionBackward, BatchesAndGroups) { check_each_dtype(batch_and_group_cases, 7); }
+TEST(CudaAttentionBackward, UnroundedGradients) {
+  check_each_dtype(unrounded_gradient_cases, 1);
+  check_cases(kFiberDeterministicCudaKernels, unrounded_gradient_cases(ScalarType::kBFloat16),
+              /*forward_only=*/false);
+}
 TEST(CudaAttentionBackward, Causal) { check_each_dtype(causal_cases, 11); }
 TEST(CudaAttentionBackward, BooleanMasks) { check_each_dtype(boolean_mask_cases, 7); }
 TEST(CudaAttentionBackward, AdditiveMasks) { check_each_dtype(additive_mask_cases, 7); }

@@ -1,3 +1,9 @@
+// SASS AttentionBackwardKeysProgram<torch_ext::cuda::Bf16, 256, true>: HMMA LDGSTS.*128 LDSM
+// SASS AttentionBackwardKeysProgram<torch_ext::cuda::Fp16, 256, true>: HMMA LDGSTS.*128 LDSM
+// SASS AttentionGradQueryProgram<torch_ext::cuda::Bf16, 256>: HMMA LDGSTS.*128 LDSM
+// SASS AttentionGradQueryProgram<torch_ext::cuda::Fp16, 256>: HMMA LDGSTS.*128 LDSM
+// SASS AttentionMaskGradientProgram<torch_ext::cuda::Bf16, 256>: HMMA LDGSTS.*128 LDSM
+// SASS AttentionMaskGradientProgram<torch_ext::cuda::Fp16, 256>: HMMA LDGSTS.*128 LDSM
 #include "attention_backward_keys.cuh"
 #include "attention_mask_gradient.cuh"
 #include "attention_programs.cuh"

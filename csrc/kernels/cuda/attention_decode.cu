@@ -1,4 +1,5 @@
 // SASS AttentionDecodeProgram: HMMA LDGSTS.*128 LDSM
+// SASS AttentionCombineProgram: LDG STG
 #include "attention_combine.cuh"
 #include "attention_decode_tile.cuh"
 #include "attention_programs.cuh"

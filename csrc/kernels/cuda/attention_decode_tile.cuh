@@ -37,13 +37,10 @@ struct AttentionDecodeProgram {
   TORCH_EXT_DEVICE static void run(Block& block, const Args& args) {
     const DeviceShape& shape = args.shape;
     const RowTile tile = locate_row_tile(args, block.index(), kRows);
-    const std::int64_t map = map_start(args.masking.map, shape, tile.batch, tile.first_head);
-    const std::int64_t key_start = slice_start(args.key, shape, tile.batch, tile.kv_head);
-    const std::int64_t value_start = slice_start(args.value, shape, tile.batch, tile.kv_head);
     const int warp_key = block.thread() / kWarpSize * kWarpKeys;
     const auto bits_of = [&](int first) {
-      return tile_bits(args.masking.map, map, tile.first_query, tile.last_query, tile.pack, first,
-                       first);
+      return tile_bits(args.masking.map, tile.map, tile.first_query, tile.last_query, tile.pack,
+                       first, first);
     };
     const auto next_tile = [&](int first) {
       while (first < tile.key_end && !(bits_of(first) & kSomeAttend)) first += kKeys;
@@ -55,11 +52,11 @@ struct AttentionDecodeProgram {
             static_cast<std::uint32_t>(kQueryBytes + 2 * stage * kTileBytes);
         const int count = static_cast<int>(min_of<std::int64_t>(kKeys, shape.kv_len - first));
         load_tile<kKeys, kDim, kThreads, true>(block, target, args.key,
-                                               key_start + first * args.key.row_stride, count,
+                                               tile.key_start + first * args.key.row_stride, count,
                                                static_cast<int>(shape.head_dim));
         load_tile<kKeys, kDim, kThreads, true>(block, target + kTileBytes, args.value,
-                                               value_start + first * args.value.row_stride, count,
-                                               static_cast<int>(shape.value_dim));
+                                               tile.value_start + first * args.value.row_stride,
+                                               count, static_cast<int>(shape.value_dim));
       }
       block.commit_copies();  // an empty group too: waits count groups
     };

@@ -1,3 +1,5 @@
+// SASS AttentionForwardProgram<torch_ext::cuda::Bf16, 256, true>: HMMA LDGSTS.*128 LDSM
+// SASS AttentionForwardProgram<torch_ext::cuda::Fp16, 256, true>: HMMA LDGSTS.*128 LDSM
 #include "attention_forward_tile.cuh"
 #include "attention_programs.cuh"
 

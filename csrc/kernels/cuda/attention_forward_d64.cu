@@ -1,5 +1,7 @@
 // SASS AttentionForwardProgram<torch_ext::cuda::Bf16, 64, false>: HMMA LDGSTS.*128 LDSM
+// SASS AttentionForwardProgram<torch_ext::cuda::Bf16, 64, true>: HMMA LDGSTS.*128 LDSM
 // SASS AttentionForwardProgram<torch_ext::cuda::Fp16, 64, false>: HMMA LDGSTS.*128 LDSM
+// SASS AttentionForwardProgram<torch_ext::cuda::Fp16, 64, true>: HMMA LDGSTS.*128 LDSM
 #include "attention_forward_tile.cuh"
 #include "attention_programs.cuh"
 

@@ -26,7 +26,8 @@ struct AttentionForwardProgram {
   static constexpr int kOutTiles = kDim / 8;
   static constexpr int kQueryBytes = kRows * kDim * 2;
   static constexpr int kKeyBytes = kKeys * kDim * 2;
-  static constexpr int kSharedBytes = kQueryBytes + 2 * kKeyBytes;
+  static constexpr std::uint32_t kPlace = kQueryBytes + 2 * kKeyBytes;  // kGeneral: a RowTile
+  static constexpr int kSharedBytes = static_cast<int>(kPlace + (kGeneral ? sizeof(RowTile) : 0));
   static constexpr int kBlocksPerUnit = kDim <= 128 ? 2 : 1;
 
   using Score = ScoreTile<Element, kMTiles, kScoreTiles>;
@@ -35,20 +36,28 @@ struct AttentionForwardProgram {
 
   template <typename Block>
   TORCH_EXT_DEVICE static void run(Block& block, const Args& args) {
+    if constexpr (kGeneral) {
+      auto& tile = block.template shared<RowTile>(kPlace);
+      if (block.thread() == 0) tile = locate_row_tile(args, block.index(), kRows);
+      block.sync();
+      run(block, args, tile);
+    } else {
+      // In registers: without options there are enough.
+      run(block, args, locate_row_tile(args, block.index(), kRows));
+    }
+  }
+
+  template <typename Block>
+  TORCH_EXT_DEVICE static void run(Block& block, const Args& args, const RowTile& tile) {
     constexpr std::uint32_t kKeyTile = kQueryBytes;
     constexpr std::uint32_t kValueTile = kQueryBytes + kKeyBytes;
     const DeviceShape& shape = args.shape;
-    const RowTile tile = locate_row_tile(args, block.index(), kRows);
-    const std::int64_t map = map_start(args.masking.map, shape, tile.batch, tile.first_head);
-    const std::int64_t query_start = slice_start(args.query, shape, tile.batch, tile.first_head);
-    const std::int64_t key_start = slice_start(args.key, shape, tile.batch, tile.kv_head);
-    const std::int64_t value_start = slice_start(args.value, shape, tile.batch, tile.kv_head);
     const int head_dim = static_cast<int>(shape.head_dim);
     const int value_dim = static_cast<int>(shape.value_dim);
 
     const auto next_tile = [&](int first) {
       if constexpr (kGeneral) {
-        while (first < tile.key_end && !(tile_bits(args.masking.map, map, tile.first_query,
+        while (first < tile.key_end && !(tile_bits(args.masking.map, tile.map, tile.first_query,
                                                    tile.last_query, tile.pack, first, first) &
                                          kSomeAttend)) {
           first += kKeys;
@@ -73,15 +82,15 @@ struct AttentionForwardProgram {
     int first = next_tile(tile.key_begin);
     if (first < tile.key_end) {
       load_rows<kRows, kDim, kThreads, kGeneral>(
-          block, 0, args.query, query_start, tile.rows, head_dim,
-          [&](int row) { return tile.row_offset(args.query, row); });
-      load_keys(kKeyTile, args.key, key_start, first, head_dim);
+          block, 0, args.query, slice_start(args.query, shape, tile.batch, tile.first_head),
+          tile.rows, head_dim, [&](int row) { return tile.row_offset(args.query, row); });
+      load_keys(kKeyTile, args.key, tile.key_start, first, head_dim);
     }
     TORCH_EXT_NO_UNROLL
     while (first < tile.key_end) {
       block.template wait_copies<0>();
       block.sync();  // keys are here, and nobody reads the last values any more
-      load_keys(kValueTile, args.value, value_start, first, value_dim);
+      load_keys(kValueTile, args.value, tile.value_start, first, value_dim);
       const int warp_row = first_row_of_warp(block);
       Scores scores;
       clear<kMTiles, kScoreTiles>(scores);
@@ -89,13 +98,13 @@ struct AttentionForwardProgram {
       const int next = next_tile(first + kKeys);
       block.template wait_copies<0>();
       block.sync();  // values are here, and nobody reads these keys any more
-      if (next < tile.key_end) load_keys(kKeyTile, args.key, key_start, next, head_dim);
+      if (next < tile.key_end) load_keys(kKeyTile, args.key, tile.key_start, next, head_dim);
 
       const Score score{shape, args.masking, args.dropout, tile, warp_row};
       if constexpr (kGeneral) {
         score.modify(block,
-                     tile_bits(args.masking.map, map, tile.first_query, tile.last_query, tile.pack,
-                               first, first),
+                     tile_bits(args.masking.map, tile.map, tile.first_query, tile.last_query,
+                               tile.pack, first, first),
                      first, factor, scores);
         softmax.update(block, scores, 1.0f, out);
         if (args.dropout.active) {
@@ -114,8 +123,12 @@ struct AttentionForwardProgram {
       first = next;
     }
     softmax.finish(block);
-    store(block, args, locate_row_tile(args, block.anew(block.index()), kRows),
-          first_row_of_warp(block), softmax, out);
+    if constexpr (kGeneral) {
+      store(block, args, tile, first_row_of_warp(block), softmax, out);
+    } else {
+      store(block, args, locate_row_tile(args, block.anew(block.index()), kRows),
+            first_row_of_warp(block), softmax, out);
+    }
   }
 
   template <typename Block>

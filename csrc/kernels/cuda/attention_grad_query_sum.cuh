@@ -42,10 +42,11 @@ struct AttentionGradQuerySumProgram {
         const std::int64_t query = first_query + 8 * half + lane / 4;
         if (query >= shape.q_len) continue;
         constexpr bool kWide = Block::kWideAtomics;
-        store_pair<Element>(block, args.grad_query, start + query * args.grad_query.row_stride,
-                            8 * piece + lane % 4 * 2, static_cast<int>(shape.head_dim),
-                            sum[piece * 128 + sum_place<kWide>(lane, 2 * half)] * factor,
-                            sum[piece * 128 + sum_place<kWide>(lane, 2 * half + 1)] * factor);
+        store_gradient_pair<Element>(
+            block, args, args.grad_query, start + query * args.grad_query.row_stride,
+            8 * piece + lane % 4 * 2, static_cast<int>(shape.head_dim),
+            sum[piece * 128 + sum_place<kWide>(lane, 2 * half)] * factor,
+            sum[piece * 128 + sum_place<kWide>(lane, 2 * half + 1)] * factor);
       }
     }
   }

@@ -146,8 +146,7 @@ struct AttentionMaskGradientProgram {
       const RowTile tile = Tile::row_tile(args, at.batch, at.head, at.row_tile);
       const int first_key = static_cast<int>(at.column_tile * kCols);
       if (first_key >= tile.key_end) continue;
-      const std::uint32_t bits = Tile::bits_of(
-          args, tile, map_start(args.masking.map, shape, at.batch, at.head), first_key);
+      const std::uint32_t bits = Tile::bits_of(args, tile, first_key);
       if (!(bits & kSomeAttend)) continue;
       block.sync();  // nobody reads the last tiles any more
       Tile::load_row_side(block, args, tile);

@@ -28,6 +28,7 @@ TORCH_EXT_DEVICE RowTile locate_row_tile(const AttentionForwardArgs& args, std::
   tile.key_end = static_cast<int>(
       min_of(args.masking.key_end(tile.last_query, shape.kv_len), tile.key_begin + args.split_len));
   tile.all_key_end = static_cast<int>(args.masking.key_end(tile.first_query, shape.kv_len));
+  tile.locate_starts(args);
   return tile;
 }
 

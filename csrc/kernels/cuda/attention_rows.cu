@@ -1,4 +1,9 @@
 // The small kernels around the tiles.
+// SASS TileMapProgram: LDG.*U8 VOTE
+// SASS DropoutMaskProgram: IMAD STG
+// SASS AttentionRowStatsProgram: LDG SHFL
+// SASS AttentionGradQuerySumProgram: LDG STG
+// SASS AttentionMaskSumProgram: LDG STG
 #include "attention_grad_query_sum.cuh"
 #include "attention_mask_gradient.cuh"
 #include "attention_programs.cuh"

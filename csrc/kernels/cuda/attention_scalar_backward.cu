@@ -1,3 +1,6 @@
+// SASS AttentionScalarGradQueryProgram: FFMA|DFMA LDS STS
+// SASS AttentionScalarGradKeysProgram: FFMA|DFMA LDS STS
+// SASS AttentionScalarMaskGradientProgram: FFMA|DFMA LDS STS
 #include "attention_mask_gradient.cuh"
 #include "attention_programs.cuh"
 #include "attention_scalar_backward.cuh"

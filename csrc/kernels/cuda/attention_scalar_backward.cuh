@@ -114,7 +114,8 @@ struct AttentionScalarGradQueryProgram {
                                           first_out, shape.head_dim);
     }
     Tile::store(block, out, args.grad_query, slice_start(args.grad_query, shape, batch, head),
-                first_row, rows, first_out, shape.head_dim, static_cast<T>(args.scale));
+                first_row, rows, first_out, shape.head_dim, static_cast<T>(args.scale),
+                args.unrounded_grads);
   }
 };
 
@@ -162,12 +163,13 @@ struct AttentionScalarGradKeysProgram {
     }
     if (args.grad_key.data != nullptr) {
       Tile::store(block, grad_key, args.grad_key, slice_start(args.grad_key, shape, batch, kv_head),
-                  first_key, keys, first_out, shape.head_dim, static_cast<T>(args.scale));
+                  first_key, keys, first_out, shape.head_dim, static_cast<T>(args.scale),
+                  args.unrounded_grads);
     }
     if (args.grad_value.data != nullptr) {
       Tile::store(block, grad_value, args.grad_value,
                   slice_start(args.grad_value, shape, batch, kv_head), first_key, keys, first_out,
-                  shape.value_dim, static_cast<T>(args.dropout.scale));
+                  shape.value_dim, static_cast<T>(args.dropout.scale), args.unrounded_grads);
     }
   }
 };

@@ -1,3 +1,4 @@
+// SASS AttentionScalarForwardProgram: FFMA|DFMA LDS STS
 #include "attention_programs.cuh"
 #include "attention_scalar_forward.cuh"
 

@@ -167,11 +167,12 @@ struct ScalarTile {
     return value;
   }
 
-  /// Writes out * factor to rows of a tensor.
+  /// Writes out * factor to rows of a tensor; of T, where `unrounded`, not of Element.
   template <typename Block, typename View>
   TORCH_EXT_DEVICE static void store(Block& block, const Out& out, const View& view,
                                      std::int64_t start, std::int64_t first_row, std::int64_t rows,
-                                     std::int64_t first_out, std::int64_t cols, T factor) {
+                                     std::int64_t first_out, std::int64_t cols, T factor,
+                                     bool unrounded = false) {
     const int thread = block.thread();
     TORCH_EXT_UNROLL
     for (int i = 0; i < kPerThread; ++i) {
@@ -181,9 +182,13 @@ struct ScalarTile {
       for (int j = 0; j < kOutPerThread; ++j) {
         const std::int64_t col = first_out + x_of(thread) + kSide * j;
         if (col >= cols) continue;
-        store_element<Element>(block, view.data,
-                               start + (first_row + row) * view.row_stride + col * view.col_stride,
-                               out[i][j] * factor);
+        const std::int64_t offset =
+            start + (first_row + row) * view.row_stride + col * view.col_stride;
+        if (unrounded) {
+          store_element<T>(block, view.data, offset, out[i][j] * factor);
+        } else {
+          store_element<Element>(block, view.data, offset, out[i][j] * factor);
+        }
       }
     }
   }

@@ -42,13 +42,13 @@ struct ScoreGradientTile {
     tile.last_query = tile.first_row + tile.rows - 1;
     tile.key_end = static_cast<int>(args.masking.key_end(tile.last_query, shape.kv_len));
     tile.all_key_end = static_cast<int>(args.masking.key_end(tile.first_query, shape.kv_len));
+    tile.locate_starts(args);
     return tile;
   }
 
   TORCH_EXT_DEVICE static std::uint32_t bits_of(const AttentionBackwardArgs& args,
-                                                const RowTile& tile, std::int64_t map,
-                                                int first_key) {
-    return tile_bits(args.masking.map, map, tile.first_query, tile.last_query, 1, first_key,
+                                                const RowTile& tile, int first_key) {
+    return tile_bits(args.masking.map, tile.map, tile.first_query, tile.last_query, 1, first_key,
                      first_key);
   }
 
@@ -70,14 +70,13 @@ struct ScoreGradientTile {
   TORCH_EXT_DEVICE static void load_key_side(Block& block, const AttentionBackwardArgs& args,
                                              const RowTile& tile, int first_key) {
     const int count = static_cast<int>(min_of<std::int64_t>(kKeys, args.shape.kv_len - first_key));
-    const auto load = [&](std::uint32_t target, const DeviceView& view, std::int64_t cols) {
+    const auto load = [&](std::uint32_t target, const DeviceView& view, std::int64_t start,
+                          std::int64_t cols) {
       load_tile<kKeys, kDim, kThreads, true>(
-          block, target, view,
-          slice_start(view, args.shape, tile.batch, tile.kv_head) + first_key * view.row_stride,
-          count, static_cast<int>(cols));
+          block, target, view, start + first_key * view.row_stride, count, static_cast<int>(cols));
     };
-    load(kKeyTile, args.key, args.shape.head_dim);
-    load(kValueTile, args.value, args.shape.value_dim);
+    load(kKeyTile, args.key, tile.key_start, args.shape.head_dim);
+    load(kValueTile, args.value, tile.value_start, args.shape.value_dim);
   }
 
   /// dS of this warp's 16 rows, from the tiles in shared memory.
@@ -132,24 +131,27 @@ struct AttentionGradQueryProgram {
   using Tile = ScoreGradientTile<Element, kDim_>;
   static constexpr int kDim = kDim_;
   static constexpr int kThreads = Tile::kThreads;
-  static constexpr int kSharedBytes = Tile::kSharedBytes;
+  static constexpr std::uint32_t kPlace = Tile::kSharedBytes;  // a RowTile
+  static constexpr int kSharedBytes = static_cast<int>(kPlace + sizeof(RowTile));
   static constexpr int kBlocksPerUnit = kDim <= 128 ? 2 : 1;
   static constexpr int kOutTiles = kDim / 8;
 
   template <typename Block>
   TORCH_EXT_DEVICE static void run(Block& block, const Args& args) {
-    const std::int64_t row_tiles = (args.shape.q_len + Tile::kRows - 1) / Tile::kRows;
-    const std::int64_t slice = block.index() / row_tiles;
-    const RowTile tile =
-        Tile::row_tile(args, slice / args.shape.query_heads, slice % args.shape.query_heads,
-                       row_tiles - 1 - block.index() % row_tiles);
-    const std::int64_t map = map_start(args.masking.map, args.shape, tile.batch, tile.first_head);
+    auto& tile = block.template shared<RowTile>(kPlace);
+    if (block.thread() == 0) {
+      const std::int64_t row_tiles = (args.shape.q_len + Tile::kRows - 1) / Tile::kRows;
+      const std::int64_t slice = block.index() / row_tiles;
+      tile = Tile::row_tile(args, slice / args.shape.query_heads, slice % args.shape.query_heads,
+                            row_tiles - 1 - block.index() % row_tiles);
+    }
+    block.sync();
     Accumulators<1, kOutTiles> out;
     clear<1, kOutTiles>(out);
     Tile::load_row_side(block, args, tile);
     TORCH_EXT_NO_UNROLL
     for (int first = 0; first < tile.key_end; first += Tile::kKeys) {
-      const std::uint32_t bits = Tile::bits_of(args, tile, map, first);
+      const std::uint32_t bits = Tile::bits_of(args, tile, first);
       if (!(bits & kSomeAttend)) continue;
       block.sync();  // nobody reads the last keys any more
       Tile::load_key_side(block, args, tile, first);
@@ -172,10 +174,11 @@ struct AttentionGradQueryProgram {
       if (row >= tile.rows) continue;
       TORCH_EXT_UNROLL
       for (int n = 0; n < kOutTiles; ++n) {
-        store_pair<Element>(block, args.grad_query,
-                            start + (tile.first_row + row) * args.grad_query.row_stride,
-                            8 * n + lane % 4 * 2, static_cast<int>(args.shape.head_dim),
-                            out[0][n][2 * half] * factor, out[0][n][2 * half + 1] * factor);
+        store_gradient_pair<Element>(block, args, args.grad_query,
+                                     start + (tile.first_row + row) * args.grad_query.row_stride,
+                                     8 * n + lane % 4 * 2, static_cast<int>(args.shape.head_dim),
+                                     out[0][n][2 * half] * factor,
+                                     out[0][n][2 * half + 1] * factor);
       }
     }
   }

@@ -11,13 +11,19 @@
 namespace torch_ext::cuda {
 
 /// Some rows of one (batch, head), or of `pack` heads that share a kv head. Row r is query r / pack
-/// of head first_head + r % pack.
+/// of head first_head + r % pack. Programs whose registers are scarce keep it in shared memory.
 struct RowTile {
   std::int64_t slice;
   std::int64_t split;
   std::int64_t batch;
   std::int64_t first_head;
   std::int64_t kv_head;
+  // Elements of (batch, first_head), or kv_head.
+  std::int64_t key_start;
+  std::int64_t value_start;
+  std::int64_t mask_start;
+  std::int64_t padding_start;
+  std::int64_t map;
   int pack;
   int first_row;
   int rows;
@@ -26,6 +32,16 @@ struct RowTile {
   int key_begin;
   int key_end;      // of the last row
   int all_key_end;  // of the first one: the keys before it are allowed for every row
+
+  /// From batch, first_head and kv_head. Args: of either pass.
+  template <typename Args>
+  TORCH_EXT_DEVICE void locate_starts(const Args& args) {
+    key_start = slice_start(args.key, args.shape, batch, kv_head);
+    value_start = slice_start(args.value, args.shape, batch, kv_head);
+    mask_start = slice_start(args.masking.mask, args.shape, batch, first_head);
+    padding_start = slice_start(args.masking.padding, args.shape, batch, 0);
+    map = map_start(args.masking.map, args.shape, batch, first_head);
+  }
 
   TORCH_EXT_DEVICE int query_of(int row) const {
     return pack == 1 ? first_row + row : (first_row + row) / pack;
@@ -80,8 +96,6 @@ struct ScoreTile {
   /// Scores are in the log2 domain.
   template <typename Block>
   TORCH_EXT_DEVICE void add_masks(Block& block, int first_key, Scores& scores) const {
-    const std::int64_t mask_start = slice_start(masking.mask, shape, tile.batch, tile.first_head);
-    const std::int64_t padding_start = slice_start(masking.padding, shape, tile.batch, 0);
     const int column = first_key + block.thread() % 4 * 2;
     with_mask_type<Element>(masking, [&](auto mask) {
       TORCH_EXT_UNROLL
@@ -90,7 +104,7 @@ struct ScoreTile {
         for (int half = 0; half < 2; ++half) {
           // Rows beyond the tile repeat its last one: every address stays valid.
           const int row = min_of(row_of(block, m, half), tile.rows - 1);
-          const std::int64_t row_start = mask_start + tile.row_offset(masking.mask, row);
+          const std::int64_t row_start = tile.mask_start + tile.row_offset(masking.mask, row);
           TORCH_EXT_UNROLL
           for (int n = 0; n < kNTiles; ++n) {
             TORCH_EXT_UNROLL
@@ -101,7 +115,7 @@ struct ScoreTile {
               score = masked_score(block, masking, mask, score,
                                    row_start + key * masking.mask.col_stride);
               score = padded_score(block, masking, score,
-                                   padding_start + key * masking.padding.col_stride);
+                                   tile.padding_start + key * masking.padding.col_stride);
             }
           }
         }

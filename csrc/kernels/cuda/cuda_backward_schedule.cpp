@@ -63,9 +63,11 @@ CudaBackwardSchedule schedule_backward(const AttentionBackwardParams& params,
   args.grad_out = device_view(params.grad_out, shape.value_dim, size);
   args.logsumexp = params.logsumexp;
   args.grad_logsumexp = params.grad_logsumexp;
-  args.grad_query = device_view(params.grad_query, shape.head_dim, size);
-  args.grad_key = device_view(params.grad_key, shape.head_dim, size);
-  args.grad_value = device_view(params.grad_value, shape.value_dim, size);
+  const std::size_t grad_size = element_size(gradient_type(params));
+  args.grad_query = device_view(params.grad_query, shape.head_dim, grad_size);
+  args.grad_key = device_view(params.grad_key, shape.head_dim, grad_size);
+  args.grad_value = device_view(params.grad_value, shape.value_dim, grad_size);
+  args.unrounded_grads = gradient_type(params) != params.dtype;
   args.grad_mask = device_view(params.grad_mask, 1, size);
   args.scale = params.scale;
   args.masking = device_masking(params.masking, shape);

@@ -120,6 +120,7 @@ struct AttentionBackwardArgs {
   const void* logsumexp;
   const void* grad_logsumexp;                     // may be null
   DeviceOutput grad_query, grad_key, grad_value;  // data == null: not wanted
+  bool unrounded_grads;                           // those three are float, not 16-bit
   DeviceOutput grad_mask;
   double scale;
   DeviceMasking masking;

@@ -258,4 +258,18 @@ TORCH_EXT_DEVICE void store_pair(Block& block, const View& view, std::int64_t ro
   }
 }
 
+/// ... of a row of a gradient, which is float where args.unrounded_grads.
+template <typename Element, typename Block, typename Args, typename View>
+TORCH_EXT_DEVICE void store_gradient_pair(Block& block, const Args& args, const View& view,
+                                          std::int64_t row_offset, int col, int cols, float low,
+                                          float high) {
+  if (args.unrounded_grads) {
+    auto* base = static_cast<float*>(view.data) + row_offset;
+    if (col < cols) base[col * view.col_stride] = low;
+    if (col + 1 < cols) base[(col + 1) * view.col_stride] = high;
+    return;
+  }
+  store_pair<Element>(block, view, row_offset, col, cols, low, high);
+}
+
 }  // namespace torch_ext::cuda

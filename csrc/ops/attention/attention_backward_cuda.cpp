@@ -62,6 +62,7 @@ void run_attention_backward_cuda(const AttentionArguments& arguments, std::int64
                                        .grad_logsumexp = gradients.grad_logsumexp == nullptr
                                                              ? nullptr
                                                              : grad_logsumexp->const_data_ptr(),
+                                       .unrounded_grads = outputs.unrounded(query.scalar_type()),
                                        .grad_query = wanted_view(outputs.query),
                                        .grad_key = wanted_view(outputs.key),
                                        .grad_value = wanted_view(outputs.value),
