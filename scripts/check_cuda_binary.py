@@ -9,9 +9,9 @@ A kernel is hot where its source says so, in a line like
     // SASS HopperForwardProgram [90a]: HGMMA UTMALDG
 
 The name is the program's (csrc/kernels/cuda/kernel_launch.h); a number in brackets limits the line
-to those architectures. Each word is a regular expression that some instruction must begin with. A
-hot kernel must neither spill registers nor have a stack: both go through memory. ``stack-allowed``
-as a word lifts that. Exits with 1, naming what is wrong, where any of it is not so.
+to those architectures. Each word is a regular expression that some instruction must begin with. No
+kernel, hot or not, may spill registers or have a stack: both go through memory. A declaration lifts
+that with ``stack-allowed (why)``. Exits with 1, naming what is wrong, where any of it is not so.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCAL_MEMORY = re.compile(r"(LDL|STL)\b")
-STACK_ALLOWED = "stack-allowed"
+STACK_ALLOWED = re.compile(r"\bstack-allowed\b(?: \(.+?\))?")
 
 
 class CheckError(Exception):
@@ -75,13 +75,15 @@ def parse_declarations(sources: Iterable[Path]) -> list[Declaration]:
             match = re.match(r"\s*// SASS (.+?)\s*(?:\[([\w ]+)\])?: (.+)$", line)
             if match is None:
                 raise CheckError(f"{source.name}:{number} is no declaration: {line.strip()}")
-            words = match.group(3).split()
+            allowed = STACK_ALLOWED.search(match.group(3))
+            if allowed is not None and not allowed.group().endswith(")"):
+                raise CheckError(f"{source.name}:{number} allows a stack without saying (why)")
             found.append(
                 Declaration(
                     program=match.group(1).strip(),
                     architectures=frozenset((match.group(2) or "").split()),
-                    instructions=tuple(word for word in words if word != STACK_ALLOWED),
-                    stack_allowed=STACK_ALLOWED in words,
+                    instructions=tuple(STACK_ALLOWED.sub("", match.group(3)).split()),
+                    stack_allowed=allowed is not None,
                     place=f"{source.name}:{number}",
                 )
             )
@@ -200,25 +202,42 @@ def complaints(kernels: list[Kernel], declarations: list[Declaration]) -> list[s
             found = [
                 kernel
                 for kernel in kernels
-                if kernel.architecture == architecture
-                and names_program(kernel, declaration.program)
+                if kernel.architecture == architecture and covers(declaration, kernel)
             ]
             where = f"{declaration.place}: {declaration.program} for sm_{architecture}"
             if not found:
                 wrong.append(f"{where}: no such kernel in the binaries")
             for kernel in found:
                 wrong += [f"{where}: {what}" for what in _complaints_of(kernel, declaration)]
+    for kernel in kernels:
+        if not any(covers(declaration, kernel) for declaration in declarations):
+            wrong += [
+                f"{short_name(kernel.name)} for sm_{kernel.architecture}, undeclared: {what}"
+                for what in _memory_of(kernel)
+            ]
     return wrong
+
+
+def covers(declaration: Declaration, kernel: Kernel) -> bool:
+    """Whether a declaration speaks of a kernel."""
+    architectures = declaration.architectures
+    return names_program(kernel, declaration.program) and (
+        not architectures or kernel.architecture in architectures
+    )
+
+
+def _memory_of(kernel: Kernel) -> Iterator[str]:
+    local = sum(n for opcode, n in kernel.opcodes.items() if LOCAL_MEMORY.match(opcode))
+    if kernel.spills or kernel.stack or local:
+        yield (
+            f"{kernel.spills} bytes spilled, {kernel.stack} bytes of stack, {local} accesses "
+            f"to local memory with {kernel.registers} registers: {kernel.name}"
+        )
 
 
 def _complaints_of(kernel: Kernel, declaration: Declaration) -> Iterator[str]:
     if not declaration.stack_allowed:
-        local = sum(n for opcode, n in kernel.opcodes.items() if LOCAL_MEMORY.match(opcode))
-        if kernel.spills or kernel.stack or local:
-            yield (
-                f"{kernel.spills} bytes spilled, {kernel.stack} bytes of stack, {local} accesses "
-                f"to local memory with {kernel.registers} registers: {kernel.name}"
-            )
+        yield from _memory_of(kernel)
     for pattern in declaration.instructions:
         if not any(re.match(f"(?:{pattern})(?![A-Z0-9])", opcode) for opcode in kernel.opcodes):
             yield f"no instruction begins with {pattern}: {kernel.name}"
@@ -249,7 +268,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"check_cuda_binary: {error}", file=sys.stderr)
         return 1
     for kernel in sorted(kernels, key=lambda k: (short_name(k.name), k.name, k.architecture)):
-        hot = any(names_program(kernel, declaration.program) for declaration in declarations)
+        hot = any(covers(found, kernel) and not found.stack_allowed for found in declarations)
         if not hot and not options.all:
             continue
         print(

@@ -130,7 +130,7 @@ def test_declarations(check: ModuleType, tmp_path: Path) -> None:
     source.write_text(
         "// A comment.\n"
         "// SASS EmbeddingSumProgram<float>: LDG.E.128|LDG.E.EF.128\n"
-        "// SASS HopperProgram [90a 100]: HGMMA stack-allowed UTMALDG\n"
+        "// SASS HopperProgram [90a 100]: HGMMA stack-allowed (printf) UTMALDG\n"
         "// SASS ForwardProgram<torch_ext::cuda::Bf16, 64, false>: LDGSTS.*128\n"
     )
     first, second, third = check.parse_declarations([source])
@@ -152,10 +152,13 @@ def test_declarations(check: ModuleType, tmp_path: Path) -> None:
 
 
 def test_good_code_passes(run) -> None:
-    status, output = run("// SASS AccumulateProgram [80]: LDG.E.128|LDG.E.EF.128 STG.E.128 MOV")
+    status, output = run(
+        "// SASS AccumulateProgram [80]: LDG.E.128|LDG.E.EF.128 STG.E.128 MOV\n"
+        "// SASS AccumulateProgram [90a]: stack-allowed (a test) LDG.E.64"
+    )
     assert status == 0
     assert "hot AccumulateProgram<3840>" in output
-    assert "2 kernels, 1 declarations, 0 complaints" in output
+    assert "2 kernels, 2 declarations, 0 complaints" in output
 
 
 def test_spills_are_refused(run) -> None:
@@ -167,13 +170,23 @@ def test_spills_are_refused(run) -> None:
     ) in output
 
 
-def test_a_stack_may_be_allowed(run) -> None:
-    status, _ = run("// SASS AccumulateProgram [90a]: stack-allowed LDG.E.64")
+def test_undeclared_kernels_must_not_spill_either(run) -> None:
+    status, output = run("// SASS AccumulateProgram [80]: LDG")
+    assert status == 1
+    assert "AccumulateProgram<3840> for sm_90a, undeclared: 104 bytes spilled" in output
+    assert "sm_80, undeclared" not in output
+
+
+def test_a_stack_may_be_allowed_with_a_reason(run) -> None:
+    status, _ = run("// SASS AccumulateProgram [90a]: stack-allowed (printf's arguments) LDG.E.64")
     assert status == 0
+    status, output = run("// SASS AccumulateProgram [90a]: stack-allowed LDG.E.64")
+    assert status == 1
+    assert "accumulate.cu:1 allows a stack without saying (why)" in output
 
 
 def test_missing_instructions_are_named(run) -> None:
-    status, output = run("// SASS AccumulateProgram: stack-allowed LDG.E.64 HMMA")
+    status, output = run("// SASS AccumulateProgram: stack-allowed (a test) LDG.E.64 HMMA")
     assert status == 1
     assert "AccumulateProgram for sm_80: no instruction begins with LDG.E.64" in output
     assert "AccumulateProgram for sm_80: no instruction begins with HMMA" in output
@@ -208,4 +221,9 @@ def test_hot_kernels_are_declared(check: ModuleType) -> None:
         "ChunkNormProgram",
         "AdamStepProgram",
         "SgdStepProgram",
+        "AttentionDecodeProgram",
+        "AttentionForwardProgram<torch_ext::cuda::Bf16, 128, true>",
+        "AttentionBackwardKeysProgram<torch_ext::cuda::Fp16, 256, true>",
     } <= programs
+    allowed = {found.program for found in declarations if found.stack_allowed}
+    assert allowed == {"EmbeddingCheckProgram"}

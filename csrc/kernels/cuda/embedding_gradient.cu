@@ -1,4 +1,5 @@
 // SASS EmbeddingSumProgram<float>: LDG.E.128|LDG.E.EF.128
+// SASS EmbeddingCheckProgram: stack-allowed (arguments of the printf that ends a wrong call) LDG
 #include <cstdio>
 
 #include "accumulation_kernels.h"
