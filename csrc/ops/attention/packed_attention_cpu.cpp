@@ -1,110 +1,28 @@
-// torch_ext::packed_attention_forward and packed_attention_backward on the CPU: the kernels read
-// and write the packed tensors in place.
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
+// torch_ext::packed_attention_forward and packed_attention_backward on the CPU.
 #include <torch/library.h>
 
-#include "attention_backward_outputs.h"
 #include "attention_cpu.h"
-#include "packed_attention.h"
+#include "packed_attention_kernels.h"
 
 namespace torch_ext {
+namespace {
+
+using Kernels = PackedAttentionKernels<run_attention_forward_cpu, run_attention_backward_cpu>;
+
+}  // namespace
 
 at::Tensor run_packed_attention_forward_cpu(const char* op, const at::Tensor& qkv,
                                             std::int64_t num_heads, const at::Tensor* attn_mask,
                                             double dropout_p, bool is_causal,
                                             const at::Tensor* key_padding_mask,
                                             const at::Tensor* dropout_seed, at::Tensor* logsumexp) {
-  const auto geometry = check_packed_qkv<std::int64_t>(op, qkv, num_heads);
-  const at::Tensor query = head_view(qkv, 0, geometry);
-  const at::Tensor key = head_view(qkv, 1, geometry);
-  const at::Tensor value = head_view(qkv, 2, geometry);
-  const AttentionArguments arguments{.query = query,
-                                     .key = key,
-                                     .value = value,
-                                     .attn_mask = attn_mask,
-                                     .dropout_p = dropout_p,
-                                     .is_causal = is_causal,
-                                     .key_padding_mask = key_padding_mask,
-                                     .dropout_seed = dropout_seed};
-  check_attention_options(op, arguments, geometry, SeedArgument::kRequired);
-  c10::SmallVector<std::int64_t, 3> sizes(qkv.sizes().begin(), qkv.sizes().end());
-  sizes.back() /= 3;
-  at::Tensor out = at::empty(sizes, qkv.options());
-  if (logsumexp != nullptr) {
-    *logsumexp = at::empty(geometry.logsumexp_sizes(),
-                           qkv.options().dtype(accumulate_type(qkv.scalar_type())));
-  }
-  run_attention_forward_cpu(arguments, /*causal_offset=*/0, geometry, head_view(out, 0, geometry),
-                            logsumexp);
-  return out;
+  return Kernels::run_forward(op, qkv, num_heads, attn_mask, dropout_p, is_causal, key_padding_mask,
+                              dropout_seed, logsumexp);
 }
-
-namespace {
-
-ForwardResult packed_attention_forward_cpu(const at::Tensor& qkv, std::int64_t num_heads,
-                                           const OptionalTensor& attn_mask, double dropout_p,
-                                           bool is_causal, const OptionalTensor& key_padding_mask,
-                                           const OptionalTensor& dropout_seed) {
-  at::Tensor logsumexp;
-  at::Tensor out = run_packed_attention_forward_cpu(
-      "packed_attention_forward", qkv, num_heads, given(attn_mask), dropout_p, is_causal,
-      given(key_padding_mask), given(dropout_seed), &logsumexp);
-  return {std::move(out), std::move(logsumexp)};
-}
-
-PackedBackwardResult packed_attention_backward_cpu(
-    const at::Tensor& grad_out, const OptionalTensor& grad_logsumexp, const at::Tensor& qkv,
-    std::int64_t num_heads, const at::Tensor& out, const at::Tensor& logsumexp,
-    const OptionalTensor& attn_mask, double dropout_p, bool is_causal,
-    const OptionalTensor& key_padding_mask, const OptionalTensor& dropout_seed,
-    std::array<bool, 2> output_mask) {
-  constexpr const char* kOp = "packed_attention_backward";
-  const auto geometry = check_packed_qkv<std::int64_t>(kOp, qkv, num_heads);
-  check_packed_out(kOp, "grad_out", grad_out, qkv);
-  check_packed_out(kOp, "out", out, qkv);
-  const at::Tensor query = head_view(qkv, 0, geometry);
-  const at::Tensor key = head_view(qkv, 1, geometry);
-  const at::Tensor value = head_view(qkv, 2, geometry);
-  const AttentionArguments arguments{.query = query,
-                                     .key = key,
-                                     .value = value,
-                                     .attn_mask = given(attn_mask),
-                                     .dropout_p = dropout_p,
-                                     .is_causal = is_causal,
-                                     .key_padding_mask = given(key_padding_mask),
-                                     .dropout_seed = given(dropout_seed)};
-  const bool wanted = output_mask[0];
-  const std::array<bool, 4> outputs_wanted{wanted, wanted, wanted, output_mask[1]};
-  const at::Tensor grad_out_heads = head_view(grad_out, 0, geometry);
-  const at::Tensor out_heads = head_view(out, 0, geometry);
-  const AttentionGradients gradients{.grad_out = grad_out_heads,
-                                     .grad_logsumexp = given(grad_logsumexp),
-                                     .out = out_heads,
-                                     .logsumexp = logsumexp,
-                                     .output_mask = outputs_wanted};
-  check_attention_options(kOp, arguments, geometry, SeedArgument::kRequired);
-  check_attention_gradients(kOp, arguments, gradients, geometry);
-  at::Tensor grad_qkv;
-  AttentionGradientOutputs outputs =
-      attention_gradient_outputs(arguments, {false, false, false, output_mask[1]}, geometry);
-  if (wanted) {
-    grad_qkv = at::empty_like(qkv);
-    outputs.query = head_view(grad_qkv, 0, geometry);
-    outputs.key = head_view(grad_qkv, 1, geometry);
-    outputs.value = head_view(grad_qkv, 2, geometry);
-  }
-  if (wanted || output_mask[1]) {
-    run_attention_backward_cpu(arguments, /*causal_offset=*/0, gradients, geometry, outputs);
-  }
-  return {grad_qkv, mask_gradient(arguments, outputs)};
-}
-
-}  // namespace
 
 TORCH_LIBRARY_IMPL(torch_ext, CPU, m) {
-  m.impl("packed_attention_forward", TORCH_FN(packed_attention_forward_cpu));
-  m.impl("packed_attention_backward", TORCH_FN(packed_attention_backward_cpu));
+  m.impl("packed_attention_forward", TORCH_FN(Kernels::forward));
+  m.impl("packed_attention_backward", TORCH_FN(Kernels::backward));
 }
 
 }  // namespace torch_ext
