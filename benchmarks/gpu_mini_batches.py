@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -235,11 +236,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does everything run?")
+    parser.add_argument("--seconds", type=float, default=600.0, help="no row begins later")
     options = parser.parse_args()
+    end = time.monotonic() + options.seconds
     elements = 1_000_000 if options.quick else 100_000_000
     bandwidth = copy_bandwidth(0.1 if options.quick else 2.0)
     print(f"copy {bandwidth * 1e-9:.0f} GB/s")
     results = []
+    left_out = []
     for make, size in (
         (accumulate_rows, elements),
         (norm_rows, elements),
@@ -248,6 +252,9 @@ def main() -> int:
         (embedding_rows, 512 if options.quick else 16384),
     ):
         torch.manual_seed(0)
+        if time.monotonic() > end:
+            left_out.append(make.__name__.removesuffix("_rows"))
+            continue
         for row in make(size):
             run(row, rounds=3 if options.quick else 7)
             text, reached = summary(row, bandwidth)
@@ -262,10 +269,12 @@ def main() -> int:
                     "reached": reached,
                 }
             )
+            if options.json is not None:  # after each, in case this is ended
+                content = {"copy_bandwidth": bandwidth, "rows": results}
+                options.json.write_text(json.dumps(content, indent=1) + "\n")
         torch.cuda.empty_cache()
-    if options.json is not None:
-        content = {"copy_bandwidth": bandwidth, "rows": results}
-        options.json.write_text(json.dumps(content, indent=1) + "\n")
+    if left_out:
+        print(f"no time was left for: {', '.join(left_out)}")
     print(f"{sum(bool(row['reached']) for row in results)} of {len(results)} figures reached")
     return 0
 

@@ -5,8 +5,9 @@
 Builds in place for the GPU of this machine, runs the tests of that device, memcheck and racecheck
 of compute-sanitizer on small shapes, and the benchmarks against torch. Ends with a short table and
 writes benchmarks/results/gpu_DEVICE_DATE.json. Nothing is fetched: on a machine without a network,
---wheels is a folder with what it lacks (nvidia-cutlass, expecttest), --googletest one that has
-usr/include/gtest (scripts/googletest_prefix.sh fills one).
+--wheels is a folder with what it lacks (nvidia-cutlass, expecttest, ninja), --googletest one that
+has usr/include/gtest (scripts/googletest_prefix.sh fills one). --dry-run prints the commands, on
+any machine.
 """
 
 from __future__ import annotations
@@ -16,30 +17,35 @@ import datetime
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "gpu_validation"
-# Of the ten minutes; a step that takes longer is ended and counts as failed.
+# In their order. A step that takes longer is ended and counts as failed, as all do after the last
+# second of --minutes.
 LIMITS = {
     "build": 300,
     "googletest": 150,
     "pytest": 150,
-    "sanitizer": 120,
     "mini_batches": 90,
     "attention": 180,
+    "sanitizer": 120,
 }
 # What runs under the sanitizers: seconds there are minutes.
 SANITIZED = (
     "*.Strides/cuda:*.ScaleOfEveryDtype/cuda:*.SmallStridedShapes/cuda:*.EveryOption/cuda:"
-    "EachIsa/EmbeddingGradient.*/cuda"
+    "EachIsa/EmbeddingGradient.*/cuda:Cuda/CudaEveryKernel.*/cuda"
 )
+# Test processes at a time: each has a CUDA context of its own.
+PYTEST_PROCESSES = 6
 
 
 @dataclass
@@ -62,10 +68,13 @@ class Validation:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
+        self.end = time.monotonic() + options.minutes * 60
         self.environment = dict(os.environ)
         self.log = BUILD / "log"
         self.log.mkdir(parents=True, exist_ok=True)
-        folders = [str(Path(sys.executable).parent), self.environment.get("PATH", "")]
+        self.site = BUILD / "site"
+        folders = [python_folder(), str(self.site / "bin"), self.environment.get("PATH", "")]
+        folders += tool_folders()
         self.environment["PATH"] = os.pathsep.join(folders)
         self.environment["MAX_JOBS"] = str(len(os.sched_getaffinity(0)))
         self.environment["PYTHONPATH"] = str(ROOT)
@@ -74,6 +83,14 @@ class Validation:
 
     def run(self, name: str, command: list[str], limit: float, **variables: str) -> str:
         """Output of a command; its own log file keeps all of it."""
+        if self.options.dry_run:
+            words = [f"{key}={value}" for key, value in variables.items()] + command
+            print(f"{name}: {shlex.join(words)}")
+            return ""
+        left = self.end - time.monotonic()
+        if left < 1.0:
+            raise StepFailed(f"not begun: the {self.options.minutes:g} minutes are over")
+        limit = min(limit, left)
         log = self.log / f"{name}.log"
         try:
             done = subprocess.run(
@@ -99,7 +116,7 @@ class Validation:
     def build(self) -> tuple[str, list[str]]:
         """Wheels, then the library and its Python module in place."""
         if self.options.wheels is not None:
-            site = BUILD / "site"
+            site = self.site
             wheels = [str(wheel) for wheel in sorted(self.options.wheels.glob("*.whl"))]
             pip = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--quiet"]
             self.run("wheels", [*pip, "--upgrade", "--target", str(site), *wheels], 60)
@@ -127,18 +144,36 @@ class Validation:
         self.run("googletest_build", build, LIMITS["googletest"])
         tests = [str(folder / "kernel_tests"), "--gtest_brief=1", "--gtest_filter=*/cuda"]
         output = self.run("googletest", tests, LIMITS["googletest"])
-        return _last_match(r"\[==========\] (.*) ran", output), []
+        ran = _last_match(r"\[==========\] (.*) ran", output)
+        if ran.startswith("0 tests"):
+            raise StepFailed("no test ran on the GPU: does this process see it?")
+        return ran, []
 
     def pytest(self) -> tuple[str, list[str]]:
-        """Tests that have a variant for the device."""
-        tests = ["tests/python", "-q", "-k", "cuda", "--maxfail=20", "-p", "no:cacheprovider"]
-        command = [sys.executable, "-m", "pytest", *tests]
-        output = self.run("pytest", command, LIMITS["pytest"])
-        return _last_match(r"(\d+ passed.*)", output), []
+        """Tests that have a variant for the device, a process for every few files."""
+        shares = [files for files in shared_out(device_tests(), PYTEST_PROCESSES) if files]
+        common = ["-q", "-k", "cuda", "--maxfail=20", "-p", "no:cacheprovider"]
+
+        def run(number: int) -> str:
+            command = [sys.executable, "-m", "pytest", *common, *shares[number]]
+            return self.run(f"pytest_{number}", command, LIMITS["pytest"], OMP_NUM_THREADS="2")
+
+        with ThreadPoolExecutor(1 if self.options.dry_run else len(shares)) as pool:
+            pending = [pool.submit(run, number) for number in range(len(shares))]
+        failed = [error for error in (future.exception() for future in pending) if error]
+        if failed:
+            raise StepFailed("\n".join(str(error) for error in failed))
+        found = [re.findall(r"(\d+) passed", future.result()) for future in pending]
+        passed = sum(int(counts[-1]) for counts in found if counts)
+        return f"{passed} passed in {len(shares)} processes", []
 
     def sanitizer(self) -> tuple[str, list[str]]:
         """memcheck with an allocation for each tensor, and racecheck."""
-        tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+        tool = shutil.which("compute-sanitizer", path=self.environment["PATH"])
+        if tool is None:
+            if not self.options.dry_run:
+                raise StepFailed("there is no compute-sanitizer: it is part of the CUDA toolkit")
+            tool = "compute-sanitizer"
         tests = [str(BUILD / "kernels" / "kernel_tests"), "--gtest_brief=1"]
         tests.append(f"--gtest_filter={SANITIZED}")
         found = []
@@ -159,11 +194,15 @@ class Validation:
         return self._benchmark("attention", "gpu_attention.py")
 
     def _benchmark(self, name: str, script: str) -> tuple[str, list[str]]:
-        command = [sys.executable, f"benchmarks/{script}", "--json", str(BUILD / f"{name}.json")]
+        file = BUILD / f"{name}.json"
+        file.unlink(missing_ok=True)
+        command = [sys.executable, f"benchmarks/{script}", "--json", str(file)]
+        # It ends by itself, with what it has, before it is ended.
+        seconds = min(LIMITS[name], self.end - time.monotonic()) - 20
+        command += ["--seconds", f"{max(seconds, 1):.0f}"]
         if self.options.quick:
             command.append("--quick")
-        output = self.run(name, command, LIMITS[name])
-        lines = output.splitlines()
+        lines = self.run(name, command, LIMITS[name]).splitlines() or [""]
         return lines[-1], lines[:-1]
 
     def steps(self) -> dict[str, Callable[[], tuple[str, list[str]]]]:
@@ -190,6 +229,45 @@ def take_step(name: str, step: Callable[[], tuple[str, list[str]]]) -> Step:
         return Step(name, False, time.monotonic() - start, first, rest)
 
 
+def python_folder() -> str:
+    """One in which this interpreter is called python, for the scripts."""
+    own = Path(sys.executable).parent
+    if (own / "python").exists():
+        return str(own)
+    folder = BUILD / "bin"
+    folder.mkdir(parents=True, exist_ok=True)
+    script = folder / "python"
+    script.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    script.chmod(0o755)
+    return str(folder)
+
+
+def tool_folders() -> list[str]:
+    """Where nvcc and compute-sanitizer may be, behind PATH: the toolkit, or Python packages."""
+    folders = [Path("/usr/local/cuda/bin")]
+    for entry in sys.path:
+        folders += sorted(Path(entry, "nvidia").glob("*/bin"))
+    return [str(folder) for folder in folders if folder.is_dir()]
+
+
+def device_tests() -> list[str]:
+    """The files of the Python tests that name the device fixture."""
+    tests = sorted((ROOT / "tests" / "python").glob("test_*.py"))
+    uses = re.compile(r"""usefixtures\(.*"device"|^ *def test_\w+\([^)]*\bdevice\b""", re.MULTILINE)
+    return [str(test.relative_to(ROOT)) for test in tests if uses.search(test.read_text())]
+
+
+def shared_out(files: list[str], shares: int) -> list[list[str]]:
+    """The files in so many parts of about the same size."""
+    parts: list[list[str]] = [[] for _ in range(shares)]
+    sizes = [0] * shares
+    for file in sorted(files, key=lambda file: -(ROOT / file).stat().st_size):
+        least = sizes.index(min(sizes))
+        parts[least].append(file)
+        sizes[least] += (ROOT / file).stat().st_size
+    return parts
+
+
 def describe_machine() -> dict[str, str]:
     """The GPU and what drives it, as their own tools say."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,compute_cap"]
@@ -201,11 +279,17 @@ def describe_machine() -> dict[str, str]:
         .split(", ")
     )
     versions = subprocess.run(
-        [sys.executable, "-c", "import torch; print(torch.__version__, torch.version.cuda)"],
+        [
+            sys.executable,
+            "-c",
+            "import torch; print(torch.__version__, torch.version.cuda, torch.cuda.is_available())",
+        ],
         capture_output=True,
         text=True,
         check=True,
     ).stdout.split()
+    if versions[2] != "True":
+        raise ValueError(f"torch {versions[0]} (CUDA: {versions[1]}) cannot use {name}")
     return {
         "device": name,
         "driver": driver,
@@ -248,6 +332,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--architecture", help="for nvcc; default: the GPU's")
     parser.add_argument("--quick", action="store_true", help="benchmarks on tiny shapes")
+    parser.add_argument("--minutes", type=float, default=10.0, help="for all of it: %(default)s")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
     options = parser.parse_args(arguments)
     options.steps = options.steps.split(",")
     unknown = [name for name in options.steps if name not in LIMITS]
@@ -258,6 +344,13 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     options = parse_options()
+    if options.dry_run:
+        options.architecture = options.architecture or "9.0a"
+        validation = Validation(options)
+        taken = [take_step(name, validation.steps()[name]) for name in options.steps]
+        for done in taken:
+            print(f"{done.name}: {done.summary}" if not done.ok else f"{done.name}: would run")
+        return 0 if all(done.ok for done in taken) else 1
     try:
         machine = describe_machine()
     except (OSError, subprocess.CalledProcessError, ValueError) as error:
