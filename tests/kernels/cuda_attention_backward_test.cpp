@@ -1,4 +1,4 @@
-// The CUDA backward kernels, run on the host, against the reference.
+// The CUDA backward kernels, run on the host and on a GPU, against the reference.
 #include <gtest/gtest.h>
 
 #include <utility>
@@ -6,17 +6,20 @@
 
 #include "attention_case_list.h"
 #include "attention_check.h"
+#include "cuda_attention_kernels.h"
 #include "cuda_case_list.h"
-#include "fiber_cuda_kernels.h"
 
 namespace torch_ext::testing {
 namespace {
 
-void check_each_dtype(CaseList (*cases)(ScalarType), std::size_t step) {
-  for (const ScalarType dtype : kAllDtypes) {
-    check_cases(kFiberCudaKernels, every(step, cases(dtype)), /*forward_only=*/false);
+class CudaAttentionBackward : public CudaAttentionTest {
+ protected:
+  void check_each_dtype(CaseList (*cases)(ScalarType), std::size_t step) const {
+    for (const ScalarType dtype : kAllDtypes) {
+      check_cases(*GetParam().standard, every(step, cases(dtype)), /*forward_only=*/false);
+    }
   }
-}
+};
 
 /// Aligned rows and no mask: the kernels without options, and those of each width with them.
 CaseList tensor_core_cases() {
@@ -44,34 +47,36 @@ CaseList tensor_core_cases() {
   return numbered(cases);
 }
 
-TEST(CudaAttentionBackward, TensorCoreTiles) {
-  check_cases(kFiberCudaKernels, tensor_core_cases(), /*forward_only=*/false);
+TEST_P(CudaAttentionBackward, TensorCoreTiles) {
+  check_cases(*GetParam().standard, tensor_core_cases(), /*forward_only=*/false);
 }
-TEST(CudaAttentionBackward, DeterministicTensorCoreTiles) {
-  check_cases(kFiberDeterministicCudaKernels, every(2, tensor_core_cases()),
+TEST_P(CudaAttentionBackward, DeterministicTensorCoreTiles) {
+  check_cases(*GetParam().deterministic, every(2, tensor_core_cases()),
               /*forward_only=*/false);
 }
-TEST(CudaAttentionBackward, TileEdges) { check_each_dtype(tile_edge_cases, 19); }
-TEST(CudaAttentionBackward, HeadDims) { check_each_dtype(head_dim_cases, 5); }
-TEST(CudaAttentionBackward, ZeroSizes) { check_each_dtype(zero_sized_cases, 7); }
-TEST(CudaAttentionBackward, Layouts) { check_each_dtype(layout_cases, 5); }
-TEST(CudaAttentionBackward, BatchesAndGroups) { check_each_dtype(batch_and_group_cases, 7); }
-TEST(CudaAttentionBackward, UnroundedGradients) {
+TEST_P(CudaAttentionBackward, TileEdges) { check_each_dtype(tile_edge_cases, 19); }
+TEST_P(CudaAttentionBackward, HeadDims) { check_each_dtype(head_dim_cases, 5); }
+TEST_P(CudaAttentionBackward, ZeroSizes) { check_each_dtype(zero_sized_cases, 7); }
+TEST_P(CudaAttentionBackward, Layouts) { check_each_dtype(layout_cases, 5); }
+TEST_P(CudaAttentionBackward, BatchesAndGroups) { check_each_dtype(batch_and_group_cases, 7); }
+TEST_P(CudaAttentionBackward, UnroundedGradients) {
   check_each_dtype(unrounded_gradient_cases, 1);
-  check_cases(kFiberDeterministicCudaKernels, unrounded_gradient_cases(ScalarType::kBFloat16),
+  check_cases(*GetParam().deterministic, unrounded_gradient_cases(ScalarType::kBFloat16),
               /*forward_only=*/false);
 }
-TEST(CudaAttentionBackward, Causal) { check_each_dtype(causal_cases, 11); }
-TEST(CudaAttentionBackward, BooleanMasks) { check_each_dtype(boolean_mask_cases, 7); }
-TEST(CudaAttentionBackward, AdditiveMasks) { check_each_dtype(additive_mask_cases, 7); }
-TEST(CudaAttentionBackward, KeyPadding) { check_each_dtype(key_padding_cases, 3); }
-TEST(CudaAttentionBackward, Scales) { check_each_dtype(scale_cases, 2); }
-TEST(CudaAttentionBackward, Dropout) { check_each_dtype(dropout_cases, 4); }
-TEST(CudaAttentionBackward, Random) {
-  check_cases(kFiberCudaKernels, every(12, random_cases(2026, 600)), /*forward_only=*/false);
-  check_cases(kFiberDeterministicCudaKernels, every(17, random_cases(2027, 600)),
+TEST_P(CudaAttentionBackward, Causal) { check_each_dtype(causal_cases, 11); }
+TEST_P(CudaAttentionBackward, BooleanMasks) { check_each_dtype(boolean_mask_cases, 7); }
+TEST_P(CudaAttentionBackward, AdditiveMasks) { check_each_dtype(additive_mask_cases, 7); }
+TEST_P(CudaAttentionBackward, KeyPadding) { check_each_dtype(key_padding_cases, 3); }
+TEST_P(CudaAttentionBackward, Scales) { check_each_dtype(scale_cases, 2); }
+TEST_P(CudaAttentionBackward, Dropout) { check_each_dtype(dropout_cases, 4); }
+TEST_P(CudaAttentionBackward, Random) {
+  check_cases(*GetParam().standard, every(12, random_cases(2026, 600)), /*forward_only=*/false);
+  check_cases(*GetParam().deterministic, every(17, random_cases(2027, 600)),
               /*forward_only=*/false);
 }
+
+TORCH_EXT_TEST_EACH_CUDA_ATTENTION(CudaAttentionBackward);
 
 }  // namespace
 }  // namespace torch_ext::testing

@@ -1,37 +1,40 @@
-// The CUDA forward kernels, run on the host, against the reference.
+// The CUDA forward kernels, run on the host and on a GPU, against the reference.
 #include <gtest/gtest.h>
 
 #include <vector>
 
 #include "attention_case_list.h"
 #include "attention_check.h"
+#include "cuda_attention_kernels.h"
 #include "cuda_case_list.h"
-#include "fiber_cuda_kernels.h"
 
 namespace torch_ext::testing {
 namespace {
 
-void check_each_dtype(CaseList (*cases)(ScalarType), std::size_t step) {
-  for (const ScalarType dtype : kAllDtypes) {
-    check_cases(kFiberCudaKernels, every(step, cases(dtype)), /*forward_only=*/true);
+class CudaAttentionForward : public CudaAttentionTest {
+ protected:
+  void check_each_dtype(CaseList (*cases)(ScalarType), std::size_t step) const {
+    for (const ScalarType dtype : kAllDtypes) {
+      check_cases(*GetParam().standard, every(step, cases(dtype)), /*forward_only=*/true);
+    }
   }
-}
+};
 
-TEST(CudaAttentionForward, TileEdges) { check_each_dtype(tile_edge_cases, 7); }
-TEST(CudaAttentionForward, HeadDims) { check_each_dtype(head_dim_cases, 3); }
-TEST(CudaAttentionForward, ZeroSizes) { check_each_dtype(zero_sized_cases, 5); }
-TEST(CudaAttentionForward, Layouts) { check_each_dtype(layout_cases, 3); }
-TEST(CudaAttentionForward, BatchesAndGroups) { check_each_dtype(batch_and_group_cases, 5); }
-TEST(CudaAttentionForward, Causal) { check_each_dtype(causal_cases, 7); }
-TEST(CudaAttentionForward, BooleanMasks) { check_each_dtype(boolean_mask_cases, 5); }
-TEST(CudaAttentionForward, AdditiveMasks) { check_each_dtype(additive_mask_cases, 7); }
-TEST(CudaAttentionForward, KeyPadding) { check_each_dtype(key_padding_cases, 3); }
-TEST(CudaAttentionForward, Scales) { check_each_dtype(scale_cases, 1); }
-TEST(CudaAttentionForward, Dropout) { check_each_dtype(dropout_cases, 3); }
-TEST(CudaAttentionForward, Splits) { check_each_dtype(split_cases, 4); }
+TEST_P(CudaAttentionForward, TileEdges) { check_each_dtype(tile_edge_cases, 7); }
+TEST_P(CudaAttentionForward, HeadDims) { check_each_dtype(head_dim_cases, 3); }
+TEST_P(CudaAttentionForward, ZeroSizes) { check_each_dtype(zero_sized_cases, 5); }
+TEST_P(CudaAttentionForward, Layouts) { check_each_dtype(layout_cases, 3); }
+TEST_P(CudaAttentionForward, BatchesAndGroups) { check_each_dtype(batch_and_group_cases, 5); }
+TEST_P(CudaAttentionForward, Causal) { check_each_dtype(causal_cases, 7); }
+TEST_P(CudaAttentionForward, BooleanMasks) { check_each_dtype(boolean_mask_cases, 5); }
+TEST_P(CudaAttentionForward, AdditiveMasks) { check_each_dtype(additive_mask_cases, 7); }
+TEST_P(CudaAttentionForward, KeyPadding) { check_each_dtype(key_padding_cases, 3); }
+TEST_P(CudaAttentionForward, Scales) { check_each_dtype(scale_cases, 1); }
+TEST_P(CudaAttentionForward, Dropout) { check_each_dtype(dropout_cases, 3); }
+TEST_P(CudaAttentionForward, Splits) { check_each_dtype(split_cases, 4); }
 
 /// Aligned rows and no mask: the kernels without options, and those of each width with them.
-TEST(CudaAttentionForward, TensorCoreTiles) {
+TEST_P(CudaAttentionForward, TensorCoreTiles) {
   CaseList cases;
   for (const ScalarType dtype : {ScalarType::kBFloat16, ScalarType::kFloat16}) {
     for (const std::int64_t head_dim : {64, 128, 256, 40}) {
@@ -53,8 +56,10 @@ TEST(CudaAttentionForward, TensorCoreTiles) {
       }
     }
   }
-  check_cases(kFiberCudaKernels, numbered(cases), /*forward_only=*/true);
+  check_cases(*GetParam().standard, numbered(cases), /*forward_only=*/true);
 }
+
+TORCH_EXT_TEST_EACH_CUDA_ATTENTION(CudaAttentionForward);
 
 }  // namespace
 }  // namespace torch_ext::testing

@@ -224,6 +224,56 @@ void FiberBlock::multiply_fragments(float (&d)[4], const std::uint32_t (&a)[4], 
   });
 }
 
+namespace {
+
+/// A float's bits to the nearest TF32, ties away from zero, as cvt.rna.tf32 does.
+float rounded_to_tf32(std::uint32_t bits) {
+  constexpr std::uint32_t kInfinity = 0x7F800000u;
+  if ((bits & ~0x80000000u) <= kInfinity) bits = (bits + 0x1000u) & ~0x1FFFu;
+  float result;
+  std::memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+
+}  // namespace
+
+void FiberBlock::multiply_tf32_fragments(float (&d)[4], const std::uint32_t (&a)[4],
+                                         std::uint32_t b0, std::uint32_t b1) {
+  struct Slot {
+    float* d;
+    const std::uint32_t* a;
+    std::uint32_t b[2];
+  } slot{d, a, {b0, b1}};
+  together("multiply_tf32", &slot, [](void* const* slots) {
+    float left[16][8];
+    float right[8][8];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const auto& own = *static_cast<Slot*>(slots[lane]);
+      for (int v = 0; v < 4; ++v) {
+        const cuda::FragmentPlace at = cuda::tf32_left_place(lane, v);
+        left[at.row][at.col] = rounded_to_tf32(own.a[v]);
+      }
+      for (int v = 0; v < 2; ++v) {
+        const cuda::FragmentPlace at = cuda::tf32_right_place(lane, v);
+        right[at.row][at.col] = rounded_to_tf32(own.b[v]);
+      }
+    }
+    float product[16][8] = {};
+    for (int row = 0; row < 16; ++row) {
+      for (int k = 0; k < 8; ++k) {
+        for (int col = 0; col < 8; ++col) product[row][col] += left[row][k] * right[k][col];
+      }
+    }
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const auto& own = *static_cast<Slot*>(slots[lane]);
+      for (int e = 0; e < 4; ++e) {
+        const cuda::FragmentPlace at = cuda::accumulator_place(lane, e);
+        own.d[e] += product[at.row][at.col];
+      }
+    }
+  });
+}
+
 void FiberBlock::load_fragments(std::uint32_t (&r)[4], std::uint32_t row, bool transposed) {
   struct Slot {
     const std::uint16_t* row;

@@ -12,6 +12,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "kernels/cuda/device_program.h"
@@ -62,7 +63,11 @@ class FiberBlock {
 
   template <typename Element>
   void multiply(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
-    multiply_fragments(d, a, b0, b1, decode_table(Element{}));
+    if constexpr (std::is_same_v<Element, cuda::Tf32>) {
+      multiply_tf32_fragments(d, a, b0, b1);
+    } else {
+      multiply_fragments(d, a, b0, b1, decode_table(Element{}));
+    }
   }
   void load_matrices(std::uint32_t (&r)[4], std::uint32_t row) { load_fragments(r, row, false); }
   void load_matrices_transposed(std::uint32_t (&r)[4], std::uint32_t row) {
@@ -100,6 +105,8 @@ class FiberBlock {
   void together(const char* what, void* slot, WarpAction action);
   void multiply_fragments(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
                           std::uint32_t b1, const float* decode);
+  void multiply_tf32_fragments(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
+                               std::uint32_t b1);
   void load_fragments(std::uint32_t (&r)[4], std::uint32_t row, bool transposed);
   char* shared_place(std::uint32_t offset, std::size_t size, std::size_t alignment);
   void land_copies(int newest);

@@ -8,6 +8,8 @@
 #include "attention_grad_query_sum.cuh"
 #include "attention_key_scores.cuh"
 #include "attention_key_tile.cuh"
+#include "tensor_core_tile.cuh"
+#include "tile_copy.cuh"
 
 namespace torch_ext::cuda {
 
@@ -22,7 +24,7 @@ struct AttentionBackwardKeysProgram {
   static constexpr bool kGeneral = kGeneral_;
   static constexpr int kThreads = Tile::kThreads;
   static constexpr int kSharedBytes = Tile::kSharedBytes;
-  static constexpr int kBlocksPerUnit = Tile::kWarps == 8 ? 1 : 2;
+  static constexpr int kBlocksPerUnit = kSharedBytes > 113 * 1024 ? 1 : 2;
   static constexpr int kKeys = Tile::kKeys;
   static constexpr int kQueries = Tile::kQueries;
   static constexpr int kMTiles = Tile::kMTiles;
@@ -49,7 +51,7 @@ struct AttentionBackwardKeysProgram {
     Step step = Tile::settle(args, place, 0, place.first_tile);
     if (step.head < heads) {
       const auto load_keys = [&](std::uint32_t target, const DeviceView& view, int cols) {
-        load_tile<kKeys, kDim, kThreads, kGeneral>(
+        load_tile<Element, kKeys, kDim, kThreads, kGeneral>(
             block, target, view,
             slice_start(view, shape, place.batch, place.kv_head) +
                 place.first_key * view.row_stride,
@@ -107,7 +109,7 @@ struct AttentionBackwardKeysProgram {
   TORCH_EXT_DEVICE static void load_queries(Block& block, const Args& args, const Step& step,
                                             std::uint32_t stage) {
     const auto& place = block.template shared<KeyTilePlace>(Tile::kPlace);
-    load_tile<kQueries, kDim, kThreads, kGeneral>(
+    load_tile<Element, kQueries, kDim, kThreads, kGeneral>(
         block, Tile::kQueryTile + stage * Tile::kQueryBytes, args.query,
         place.query + step.head * args.query.head_stride +
             step.first_query() * args.query.row_stride,
@@ -129,7 +131,7 @@ struct AttentionBackwardKeysProgram {
 
   template <typename Block>
   TORCH_EXT_DEVICE static void load_grad_out(Block& block, const Args& args, const Step& step) {
-    load_tile<kQueries, kDim, kThreads, kGeneral>(
+    load_tile<Element, kQueries, kDim, kThreads, kGeneral>(
         block, Tile::kGradOutTile, args.grad_out,
         block.template shared<KeyTilePlace>(Tile::kPlace).grad_out +
             step.head * args.grad_out.head_stride + step.first_query() * args.grad_out.row_stride,

@@ -56,9 +56,10 @@ struct BackwardLaunches {
 
   template <typename Element, int kDim>
   void tensor_core() const {
-    row_stats<Element, float>();
+    constexpr bool kIsTf32 = std::is_same_v<Element, Tf32>;
+    row_stats<StoredElement<Element>, float>();
     if (wants_keys() || schedule.sums_grad_query) {
-      if constexpr (kDim <= 128) {
+      if constexpr (kDim <= 128 && !kIsTf32) {
         if (schedule.general) {
           keys<AttentionBackwardKeysProgram<Element, kDim, true>>();
         } else {
@@ -112,16 +113,17 @@ const char* launch_backward(const CudaBackwardSchedule& schedule, void* workspac
   if (schedule.sums_grad_query) launcher.clear(args.grad_query_sum, schedule.grad_query_sum_bytes);
   const BackwardLaunches<Launcher> launches{schedule, args, launcher};
   if (schedule.path == CudaPath::kTensorCore) {
-    with_half_type(schedule.dtype, [&](auto element) {
+    with_tile_type(schedule.dtype, [&](auto element) {
       using Element = decltype(element);
       if (schedule.dim == 64) {
         launches.template tensor_core<Element, 64>();
       } else if (schedule.dim == 128) {
         launches.template tensor_core<Element, 128>();
-      } else {
+      } else if constexpr (!std::is_same_v<Element, Tf32>) {
         launches.template tensor_core<Element, 256>();
       }
     });
+    if (schedule.dtype == ScalarType::kFloat32) return "cuda.tf32_tile";
     return schedule.general ? "cuda.masked_tile" : "cuda.tile";
   }
   switch (schedule.dtype) {

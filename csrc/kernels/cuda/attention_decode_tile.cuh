@@ -6,6 +6,7 @@
 #include "attention_row_tile.cuh"
 #include "attention_score_tile.cuh"
 #include "element_store.cuh"
+#include "tile_copy.cuh"
 
 namespace torch_ext::cuda {
 
@@ -21,9 +22,10 @@ struct AttentionDecodeProgram {
   static constexpr int kWarpKeys = kKeys / kWarps;
   static constexpr int kScoreTiles = kWarpKeys / 8;
   static constexpr int kOutTiles = kDim / 8;
-  static constexpr int kStages = kDim <= 128 ? 2 : 1;  // tiles under way
-  static constexpr int kQueryBytes = kRows * kDim * 2;
-  static constexpr int kTileBytes = kKeys * kDim * 2;
+  static constexpr int kRowBytes = kDim * kElementBytes<Element>;
+  static constexpr int kStages = kRowBytes <= 256 ? 2 : 1;  // tiles under way
+  static constexpr int kQueryBytes = kRows * kRowBytes;
+  static constexpr int kTileBytes = kKeys * kRowBytes;
   static constexpr int kSharedBytes = kQueryBytes + 2 * kStages * kTileBytes;
   static constexpr int kBlocksPerUnit = 2;
   // At the end: (kWarps, kRows, kDim) of out, then (kWarps, kRows, 2) of maxima and sums.
@@ -51,17 +53,18 @@ struct AttentionDecodeProgram {
         const std::uint32_t target =
             static_cast<std::uint32_t>(kQueryBytes + 2 * stage * kTileBytes);
         const int count = static_cast<int>(min_of<std::int64_t>(kKeys, shape.kv_len - first));
-        load_tile<kKeys, kDim, kThreads, true>(block, target, args.key,
-                                               tile.key_start + first * args.key.row_stride, count,
-                                               static_cast<int>(shape.head_dim));
-        load_tile<kKeys, kDim, kThreads, true>(block, target + kTileBytes, args.value,
-                                               tile.value_start + first * args.value.row_stride,
-                                               count, static_cast<int>(shape.value_dim));
+        load_tile<Element, kKeys, kDim, kThreads, true>(
+            block, target, args.key, tile.key_start + first * args.key.row_stride, count,
+            static_cast<int>(shape.head_dim));
+        load_tile<Element, kKeys, kDim, kThreads, true>(
+            block, target + kTileBytes, args.value,
+            tile.value_start + first * args.value.row_stride, count,
+            static_cast<int>(shape.value_dim));
       }
       block.commit_copies();  // an empty group too: waits count groups
     };
 
-    load_rows<kRows, kDim, kThreads, true>(
+    load_rows<Element, kRows, kDim, kThreads, true>(
         block, 0, args.query, slice_start(args.query, shape, tile.batch, tile.first_head),
         tile.rows, static_cast<int>(shape.head_dim),
         [&](int row) { return tile.row_offset(args.query, row); });

@@ -2,6 +2,8 @@
 // on a stream (attention_cuda.cpp) or on the host, in the tests.
 #pragma once
 
+#include <type_traits>
+
 #include "attention_combine.cuh"
 #include "attention_decode_tile.cuh"
 #include "attention_forward_tile.cuh"
@@ -30,15 +32,30 @@ void with_half_type(ScalarType dtype, const Visit& visit) {
   }
 }
 
+/// ... or fp32, as TF32: the types of tensor core tiles.
+template <typename Visit>
+void with_tile_type(ScalarType dtype, const Visit& visit) {
+  if (dtype == ScalarType::kFloat32) {
+    visit(Tf32{});
+  } else {
+    with_half_type(dtype, visit);
+  }
+}
+
+/// A tile's element as memory has it.
+template <typename Element>
+using StoredElement = std::conditional_t<std::is_same_v<Element, Tf32>, float, Element>;
+
 template <typename Element, typename Launcher>
 void launch_forward_tiles(const CudaForwardSchedule& schedule, const AttentionForwardArgs& args,
                           const Launcher& launcher) {
+  constexpr bool kIsTf32 = std::is_same_v<Element, Tf32>;
   const auto tiles = [&]<int kDim>() {
     if (schedule.decode) {
       launcher.template launch<AttentionDecodeProgram<Element, kDim>>(schedule.blocks, args);
     } else if (kDim > 128 || schedule.general) {
       launcher.template launch<AttentionForwardProgram<Element, kDim, true>>(schedule.blocks, args);
-    } else if constexpr (kDim <= 128) {
+    } else if constexpr (kDim <= 128 && !kIsTf32) {
       launcher.template launch<AttentionForwardProgram<Element, kDim, false>>(schedule.blocks,
                                                                               args);
     }
@@ -47,12 +64,12 @@ void launch_forward_tiles(const CudaForwardSchedule& schedule, const AttentionFo
     tiles.template operator()<64>();
   } else if (schedule.dim == 128) {
     tiles.template operator()<128>();
-  } else {
+  } else if constexpr (!kIsTf32) {
     tiles.template operator()<256>();
   }
   if (args.splits > 1) {
-    launcher.template launch<AttentionCombineProgram<Element, float>>(args.slices() * args.rows(),
-                                                                      args);
+    launcher.template launch<AttentionCombineProgram<StoredElement<Element>, float>>(
+        args.slices() * args.rows(), args);
   }
 }
 
@@ -63,9 +80,12 @@ const char* launch_forward(const CudaForwardSchedule& schedule, void* workspace,
   const AttentionForwardArgs args = schedule.bound_args(workspace);
   launch_tile_map(args.shape, args.masking, launcher);
   if (schedule.path == CudaPath::kTensorCore) {
-    with_half_type(schedule.dtype, [&](auto element) {
+    with_tile_type(schedule.dtype, [&](auto element) {
       launch_forward_tiles<decltype(element)>(schedule, args, launcher);
     });
+    if (schedule.dtype == ScalarType::kFloat32) {
+      return schedule.decode ? "cuda.tf32_decode" : "cuda.tf32_tile";
+    }
     return schedule.decode ? "cuda.decode" : schedule.general ? "cuda.masked_tile" : "cuda.tile";
   }
   switch (schedule.dtype) {

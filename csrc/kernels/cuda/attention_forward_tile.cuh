@@ -6,6 +6,7 @@
 #include "attention_row_tile.cuh"
 #include "attention_score_tile.cuh"
 #include "element_store.cuh"
+#include "tile_copy.cuh"
 
 namespace torch_ext::cuda {
 
@@ -24,8 +25,8 @@ struct AttentionForwardProgram {
   static constexpr int kKeys = kMapTile;
   static constexpr int kScoreTiles = kKeys / 8;
   static constexpr int kOutTiles = kDim / 8;
-  static constexpr int kQueryBytes = kRows * kDim * 2;
-  static constexpr int kKeyBytes = kKeys * kDim * 2;
+  static constexpr int kQueryBytes = kRows * kDim * kElementBytes<Element>;
+  static constexpr int kKeyBytes = kKeys * kDim * kElementBytes<Element>;
   static constexpr std::uint32_t kPlace = kQueryBytes + 2 * kKeyBytes;  // kGeneral: a RowTile
   static constexpr int kSharedBytes = static_cast<int>(kPlace + (kGeneral ? sizeof(RowTile) : 0));
   static constexpr int kBlocksPerUnit = kDim <= 128 ? 2 : 1;
@@ -68,8 +69,8 @@ struct AttentionForwardProgram {
     const auto load_keys = [&](std::uint32_t target, const DeviceView& view, std::int64_t start,
                                int first, int cols) {
       const int count = static_cast<int>(min_of<std::int64_t>(kKeys, shape.kv_len - first));
-      load_tile<kKeys, kDim, kThreads, kGeneral>(block, target, view,
-                                                 start + first * view.row_stride, count, cols);
+      load_tile<Element, kKeys, kDim, kThreads, kGeneral>(
+          block, target, view, start + first * view.row_stride, count, cols);
       block.commit_copies();
     };
 
@@ -81,7 +82,7 @@ struct AttentionForwardProgram {
 
     int first = next_tile(tile.key_begin);
     if (first < tile.key_end) {
-      load_rows<kRows, kDim, kThreads, kGeneral>(
+      load_rows<Element, kRows, kDim, kThreads, kGeneral>(
           block, 0, args.query, slice_start(args.query, shape, tile.batch, tile.first_head),
           tile.rows, head_dim, [&](int row) { return tile.row_offset(args.query, row); });
       load_keys(kKeyTile, args.key, tile.key_start, first, head_dim);

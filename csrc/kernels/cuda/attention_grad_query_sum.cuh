@@ -3,7 +3,7 @@
 #pragma once
 
 #include "device_attention.h"
-#include "tensor_core_tile.cuh"
+#include "tile_copy.cuh"
 
 namespace torch_ext::cuda {
 

@@ -64,10 +64,17 @@ struct AttentionKeyScores {
         const int row = key_row + 16 * m + 8 * half + lane / 4;
         TORCH_EXT_UNROLL
         for (int n = 0; n < kScoreTiles; ++n) {
-          block.template shared<std::uint32_t>(Tile::kGradScoreTile +
-                                               swizzled<Tile::kGradCols>(row, chunk / 8 + n) +
-                                               static_cast<std::uint32_t>(lane % 4 * 4)) =
-              block.pack(Element{}, grads[m][n][2 * half], grads[m][n][2 * half + 1]);
+          const std::uint32_t place =
+              Tile::kGradScoreTile +
+              element_place<Element, Tile::kGradCols>(row, chunk + 8 * n + lane % 4 * 2);
+          const float low = grads[m][n][2 * half];
+          const float high = grads[m][n][2 * half + 1];
+          if constexpr (std::is_same_v<Element, Tf32>) {
+            block.template shared<float>(place) = low;
+            block.template shared<float>(place + 4) = high;
+          } else {
+            block.template shared<std::uint32_t>(place) = block.pack(Element{}, low, high);
+          }
         }
       }
     }

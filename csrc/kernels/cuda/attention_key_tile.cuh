@@ -4,7 +4,7 @@
 
 #include "device_attention.h"
 #include "score_mask.cuh"
-#include "tensor_core_tile.cuh"
+#include "tile_layout.cuh"
 
 namespace torch_ext::cuda {
 
@@ -30,15 +30,16 @@ struct AttentionKeyTile {
   using Element = Element_;
   static constexpr int kDim = kDim_;
   static constexpr bool kGeneral = kGeneral_;
+  static constexpr int kBytes = kElementBytes<Element>;
   // 128 keys a block where registers and shared memory of every architecture allow it.
   static constexpr int kWarps = kDim == 128 && !kGeneral ? 8 : 4;
   static constexpr int kThreads = kWarps * kWarpSize;
-  static constexpr int kMTiles = kDim == 64 ? 2 : 1;     // of 16 keys, per warp
+  static constexpr int kMTiles = kDim * kBytes == 128 ? 2 : 1;  // of 16 keys, per warp
   static constexpr int kDimParts = kDim == 256 ? 2 : 1;  // warps that share keys, not columns
   static constexpr int kKeys = kWarps / kDimParts * kMTiles * 16;
-  static constexpr int kQueries = kDim == 256 ? 32 : 64;
+  static constexpr int kQueries = kDim * kBytes == 512 ? 32 : 64;
   // Queries whose scores are in registers, beside 128 of sums in two.
-  static constexpr int kChunk = kDim == 64 || (kGeneral && kDim == 128) ? 16 : 32;
+  static constexpr int kChunk = (kDim == 64 && kMTiles == 2) || (kGeneral && kDim == 128) ? 16 : 32;
   static constexpr int kScoreTiles = kChunk / 8;
   static constexpr int kOwnCols = kDim / kDimParts;
   static constexpr int kOwnTiles = kOwnCols / 8;
@@ -46,16 +47,17 @@ struct AttentionKeyTile {
   static constexpr int kQueryTiles = kQueries / 16;
   static constexpr int kSumCols = kDim / (kWarps / kQueryTiles);
   static constexpr int kSumTiles = kSumCols / 8;
-  static constexpr int kGradCols = 64;  // a row of dS^T in shared memory: whole swizzles
+  // A row of dS^T in shared memory: whole swizzles.
+  static constexpr int kGradCols = kBytes == 2 ? 64 : kQueries;
 
-  static constexpr int kKeyBytes = kKeys * kDim * 2;
-  static constexpr int kQueryBytes = kQueries * kDim * 2;
+  static constexpr int kKeyBytes = kKeys * kDim * kBytes;
+  static constexpr int kQueryBytes = kQueries * kDim * kBytes;
   static constexpr std::uint32_t kKeyTile = 0;
   static constexpr std::uint32_t kValueTile = kKeyTile + kKeyBytes;
   static constexpr std::uint32_t kQueryTile = kValueTile + kKeyBytes;  // two of them
   static constexpr std::uint32_t kGradOutTile = kQueryTile + 2 * kQueryBytes;
   static constexpr std::uint32_t kGradScoreTile = kGradOutTile + kQueryBytes;
-  static constexpr std::uint32_t kStats = kGradScoreTile + kKeys * kGradCols * 2;
+  static constexpr std::uint32_t kStats = kGradScoreTile + kKeys * kGradCols * kBytes;
   static constexpr int kStatsBytes = 2 * kQueries * 4;  // logsumexp, then delta; two of them
   static constexpr std::uint32_t kPlace = kStats + 2 * kStatsBytes;
   static constexpr int kSharedBytes = static_cast<int>(kPlace + sizeof(KeyTilePlace));

@@ -125,7 +125,7 @@ struct AttentionMaskGradientProgram {
   using Tile = ScoreGradientTile<Element, kDim>;
   static constexpr int kThreads = Tile::kThreads;
   static constexpr int kSharedBytes = Tile::kSharedBytes;
-  static constexpr int kBlocksPerUnit = kDim <= 128 ? 2 : 1;
+  static constexpr int kBlocksPerUnit = Tile::kDimBytes <= 256 ? 2 : 1;
   static constexpr int kRows = Tile::kRows;
   static constexpr int kCols = Tile::kKeys;
   static constexpr int kPitch = kCols + 1;

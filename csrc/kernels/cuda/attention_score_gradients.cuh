@@ -5,6 +5,7 @@
 
 #include "attention_row_stats.cuh"
 #include "attention_score_tile.cuh"
+#include "tile_copy.cuh"
 
 namespace torch_ext::cuda {
 
@@ -15,10 +16,11 @@ struct ScoreGradientTile {
   static constexpr int kWarps = 4;
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kRows = kWarps * 16;
-  static constexpr int kKeys = kDim <= 128 ? 64 : 32;
+  static constexpr int kDimBytes = kDim * kElementBytes<Element>;
+  static constexpr int kKeys = kDimBytes <= 256 ? 64 : 32;
   static constexpr int kScoreTiles = kKeys / 8;
-  static constexpr int kRowBytes = kRows * kDim * 2;
-  static constexpr int kKeyBytes = kKeys * kDim * 2;
+  static constexpr int kRowBytes = kRows * kDimBytes;
+  static constexpr int kKeyBytes = kKeys * kDimBytes;
   static constexpr std::uint32_t kQueryTile = 0;
   static constexpr std::uint32_t kGradOutTile = kRowBytes;
   static constexpr std::uint32_t kKeyTile = 2 * kRowBytes;
@@ -56,7 +58,7 @@ struct ScoreGradientTile {
   TORCH_EXT_DEVICE static void load_row_side(Block& block, const AttentionBackwardArgs& args,
                                              const RowTile& tile) {
     const auto load = [&](std::uint32_t target, const DeviceView& view, std::int64_t cols) {
-      load_tile<kRows, kDim, kThreads, true>(
+      load_tile<Element, kRows, kDim, kThreads, true>(
           block, target, view,
           slice_start(view, args.shape, tile.batch, tile.first_head) +
               tile.first_row * view.row_stride,
@@ -72,7 +74,7 @@ struct ScoreGradientTile {
     const int count = static_cast<int>(min_of<std::int64_t>(kKeys, args.shape.kv_len - first_key));
     const auto load = [&](std::uint32_t target, const DeviceView& view, std::int64_t start,
                           std::int64_t cols) {
-      load_tile<kKeys, kDim, kThreads, true>(
+      load_tile<Element, kKeys, kDim, kThreads, true>(
           block, target, view, start + first_key * view.row_stride, count, static_cast<int>(cols));
     };
     load(kKeyTile, args.key, tile.key_start, args.shape.head_dim);
@@ -133,7 +135,7 @@ struct AttentionGradQueryProgram {
   static constexpr int kThreads = Tile::kThreads;
   static constexpr std::uint32_t kPlace = Tile::kSharedBytes;  // a RowTile
   static constexpr int kSharedBytes = static_cast<int>(kPlace + sizeof(RowTile));
-  static constexpr int kBlocksPerUnit = kDim <= 128 ? 2 : 1;
+  static constexpr int kBlocksPerUnit = Tile::kDimBytes <= 256 ? 2 : 1;
   static constexpr int kOutTiles = kDim / 8;
 
   template <typename Block>

@@ -11,7 +11,7 @@ namespace torch_ext::cuda {
 
 enum class CudaPath : std::uint8_t {
   kEmpty,       // nothing is attended to: out is 0
-  kTensorCore,  // bf16, fp16, head_dim and value_dim up to 256
+  kTensorCore,  // bf16, fp16, head_dim and value_dim up to 256; fp32 as TF32 up to 128
   kScalar       // fp32, fp64, wider heads
 };
 
@@ -22,7 +22,7 @@ struct CudaForwardSchedule {
   CudaPath path = CudaPath::kScalar;
   ScalarType dtype = ScalarType::kFloat32;
   int dim = 0;           // of kTileDims
-  bool general = false;  // masks, dropout and so on: AttentionForwardProgram's kGeneral
+  bool general = false;  // masks, dropout, TF32 and so on: AttentionForwardProgram's kGeneral
   bool decode = false;   // few rows: warps share the keys
   std::int64_t blocks = 0;
   AttentionForwardArgs args{};  // without workspace
@@ -35,12 +35,14 @@ struct CudaForwardSchedule {
   AttentionForwardArgs bound_args(void* workspace) const;
 };
 
-CudaForwardSchedule schedule_forward(const AttentionForwardParams& params);
+/// allow_tf32: products of fp32 may be rounded to TF32, for tensor cores.
+CudaForwardSchedule schedule_forward(const AttentionForwardParams& params, bool allow_tf32 = false);
 
-/// What the backward pass leaves to the caller: the order in which dQ is summed up.
+/// What the backward pass leaves to the caller.
 struct CudaBackwardOptions {
-  bool deterministic = false;
+  bool deterministic = false;    // the order in which dQ is summed up
   std::size_t shared_limit = 0;  // bytes that a block may have
+  bool allow_tf32 = false;
 };
 
 struct CudaBackwardSchedule {

@@ -14,13 +14,18 @@ constexpr std::int64_t kEnoughBlocks = 256;
 // hold.
 constexpr std::size_t kWideBlockBytes = 148 * 1024;
 
+// Of that pass in TF32 at head_dim 128. Wider than that, and on GPUs with less, fp32 stays exact.
+constexpr std::size_t kTf32BlockBytes = 124 * 1024;
+
 // Returns the bytes of the partial sums.
 std::size_t set_up_mask_gradient(const CudaBackwardSchedule& schedule, const AttentionShape& shape,
                                  AttentionBackwardArgs& args) {
   const DeviceOutput& mask = args.grad_mask;
   const bool tensor_core = schedule.path == CudaPath::kTensorCore;
   const std::int64_t rows = schedule.dtype == ScalarType::kFloat64 ? 32 : 64;
-  const std::int64_t cols = tensor_core && schedule.dim > 128 ? 32 : rows;
+  const std::size_t row_bytes =
+      static_cast<std::size_t>(schedule.dim) * element_size(schedule.dtype);
+  const std::int64_t cols = tensor_core && row_bytes > 256 ? 32 : rows;
   const std::int64_t row_tiles = ceil_div(shape.q_len, rows);
   const std::int64_t column_tiles = ceil_div(shape.kv_len, cols);
   args.shares = 1;
@@ -79,8 +84,10 @@ CudaBackwardSchedule schedule_backward(const AttentionBackwardParams& params,
 
   schedule.total_bytes = set_up_tile_map(args.masking, shape);
   schedule.dim = tile_dim(shape);
-  const bool tensor_core = is_half(params.dtype) && schedule.dim != 0 && positions_fit(shape) &&
-                           has_unit_columns(params.query, shape.head_dim) &&
+  const bool tf32 = takes_tf32(params.dtype, schedule.dim, options.allow_tf32) &&
+                    (schedule.dim <= 64 || options.shared_limit >= kTf32BlockBytes);
+  const bool tensor_core = (is_half(params.dtype) || tf32) && schedule.dim != 0 &&
+                           positions_fit(shape) && has_unit_columns(params.query, shape.head_dim) &&
                            has_unit_columns(params.key, shape.head_dim) &&
                            has_unit_columns(params.value, shape.value_dim) &&
                            has_unit_columns(params.grad_out, shape.value_dim);
@@ -92,7 +99,8 @@ CudaBackwardSchedule schedule_backward(const AttentionBackwardParams& params,
   schedule.total_bytes +=
       align_up(slices * 2 * static_cast<std::size_t>(args.padded_rows) * compute);
   if (tensor_core) {
-    schedule.general = schedule.dim > 128 || args.masking.kind != AttentionMaskKind::kNone ||
+    schedule.general = tf32 || schedule.dim > 128 ||
+                       args.masking.kind != AttentionMaskKind::kNone ||
                        args.masking.padding.data != nullptr || args.dropout.active ||
                        !args.query.copies_whole_chunks || !args.key.copies_whole_chunks ||
                        !args.value.copies_whole_chunks || !args.grad_out.copies_whole_chunks ||

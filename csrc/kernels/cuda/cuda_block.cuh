@@ -53,14 +53,26 @@ class CudaBlock {
   }
   TORCH_EXT_DEVICE bool any(bool value) { return __any_sync(0xFFFFFFFFu, value); }
 
-  /// d (16, 8) += a (16, 16) b (16, 8).
+  /// d (16, 8) += a (16, 16) b (16, 8); half the depth of Tf32.
   template <typename Element>
   TORCH_EXT_DEVICE void multiply(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
                                  std::uint32_t b1) {
-    using Atom =
-        std::conditional_t<std::is_same_v<Element, Bf16>, cute::SM80_16x8x16_F32BF16BF16F32_TN,
-                           cute::SM80_16x8x16_F32F16F16F32_TN>;
-    Atom::fma(d[0], d[1], d[2], d[3], a[0], a[1], a[2], a[3], b0, b1, d[0], d[1], d[2], d[3]);
+    if constexpr (std::is_same_v<Element, Tf32>) {
+      multiply_tf32(d, a, b0, b1);
+    } else {
+      using Atom =
+          std::conditional_t<std::is_same_v<Element, Bf16>, cute::SM80_16x8x16_F32BF16BF16F32_TN,
+                             cute::SM80_16x8x16_F32F16F16F32_TN>;
+      Atom::fma(d[0], d[1], d[2], d[3], a[0], a[1], a[2], a[3], b0, b1, d[0], d[1], d[2], d[3]);
+    }
+  }
+
+  /// d (16, 8) += a (16, 8) b (8, 8), rounded to TF32: the hardware itself would cut.
+  TORCH_EXT_DEVICE void multiply_tf32(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
+                                      std::uint32_t b1) {
+    cute::SM80_16x8x8_F32TF32TF32F32_TN::fma(d[0], d[1], d[2], d[3], tf32(a[0]), tf32(a[1]),
+                                             tf32(a[2]), tf32(a[3]), tf32(b0), tf32(b1), d[0], d[1],
+                                             d[2], d[3]);
   }
 
   /// Four 8 x 8 matrices of 16-bit elements, lane i naming row i % 8 of matrix i / 8. Lane i gets
@@ -121,6 +133,13 @@ class CudaBlock {
   }
   TORCH_EXT_DEVICE float widen(Fp16, std::uint16_t bits) {
     return __half2float(__ushort_as_half(bits));
+  }
+
+ private:
+  TORCH_EXT_DEVICE static std::uint32_t tf32(std::uint32_t bits) {
+    std::uint32_t result;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(result) : "r"(bits));
+    return result;
   }
 };
 

@@ -32,7 +32,7 @@ void split_keys(CudaForwardSchedule& schedule, std::int64_t tasks) {
 
 }  // namespace
 
-CudaForwardSchedule schedule_forward(const AttentionForwardParams& params) {
+CudaForwardSchedule schedule_forward(const AttentionForwardParams& params, bool allow_tf32) {
   const AttentionShape& shape = params.shape;
   CudaForwardSchedule schedule;
   schedule.dtype = params.dtype;
@@ -58,8 +58,9 @@ CudaForwardSchedule schedule_forward(const AttentionForwardParams& params) {
   schedule.map_offset = 0;
   schedule.total_bytes = set_up_tile_map(args.masking, shape);
   schedule.dim = tile_dim(shape);
-  const bool tensor_core = is_half(params.dtype) && schedule.dim != 0 && positions_fit(shape) &&
-                           has_unit_columns(params.query, shape.head_dim) &&
+  const bool tf32 = takes_tf32(params.dtype, schedule.dim, allow_tf32);
+  const bool tensor_core = (is_half(params.dtype) || tf32) && schedule.dim != 0 &&
+                           positions_fit(shape) && has_unit_columns(params.query, shape.head_dim) &&
                            has_unit_columns(params.key, shape.head_dim) &&
                            has_unit_columns(params.value, shape.value_dim);
   if (!tensor_core) {
@@ -73,7 +74,7 @@ CudaForwardSchedule schedule_forward(const AttentionForwardParams& params) {
 
   schedule.path = CudaPath::kTensorCore;
   const float factor = static_cast<float>(params.scale) * 1.4426950408889634f;
-  schedule.general = schedule.dim > 128 || args.masking.kind != AttentionMaskKind::kNone ||
+  schedule.general = tf32 || schedule.dim > 128 || args.masking.kind != AttentionMaskKind::kNone ||
                      args.masking.padding.data != nullptr || args.dropout.active ||
                      !(factor > 0.0f && std::isfinite(factor)) || !args.query.copies_whole_chunks ||
                      !args.key.copies_whole_chunks || !args.value.copies_whole_chunks;

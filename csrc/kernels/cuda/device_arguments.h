@@ -104,6 +104,11 @@ inline bool is_half(ScalarType type) {
   return type == ScalarType::kBFloat16 || type == ScalarType::kFloat16;
 }
 
+/// Float operands may be rounded to TF32; wider tiles of them are more than shared memory holds.
+inline bool takes_tf32(ScalarType type, int dim, bool allow_tf32) {
+  return allow_tf32 && type == ScalarType::kFloat32 && dim <= 128;
+}
+
 /// Positions of tensor core tiles are 32-bit.
 inline bool positions_fit(const AttentionShape& shape) {
   constexpr std::int64_t kMost = std::int64_t{1} << 30;

@@ -9,6 +9,8 @@
 // that the GPU executes are those that the tests have executed.
 #pragma once
 
+#include <type_traits>
+
 #if defined(__CUDACC__)
 #define TORCH_EXT_DEVICE __device__ __forceinline__
 #define TORCH_EXT_UNROLL _Pragma("unroll")
@@ -27,6 +29,11 @@ inline constexpr int kCopyBytes = 16;  // of one cp.async
 /// 16-bit element types; the Block converts them.
 struct Bf16 {};
 struct Fp16 {};
+/// float in memory, that tensor cores round to ten bits behind the point.
+struct Tf32 {};
+
+template <typename Element>
+inline constexpr int kElementBytes = std::is_same_v<Element, Tf32> ? 4 : 2;
 
 template <typename T>
 TORCH_EXT_DEVICE T min_of(T a, T b) {

@@ -17,6 +17,8 @@ TORCH_EXT_DEVICE void store_element(Block& block, void* data, std::int64_t offse
   if constexpr (kIsHalf<Element>) {
     static_cast<std::uint16_t*>(data)[offset] =
         static_cast<std::uint16_t>(block.pack(Element{}, static_cast<float>(value), 0.0f));
+  } else if constexpr (std::is_same_v<Element, Tf32>) {
+    static_cast<float*>(data)[offset] = static_cast<float>(value);
   } else {
     static_cast<Element*>(data)[offset] = static_cast<Element>(value);
   }

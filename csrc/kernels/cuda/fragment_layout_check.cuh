@@ -5,7 +5,7 @@
 #include <cute/swizzle.hpp>
 
 #include "tensor_core_fragments.h"
-#include "tensor_core_tile.cuh"
+#include "tile_layout.cuh"
 
 namespace torch_ext::cuda {
 
@@ -25,6 +25,23 @@ constexpr bool fragments_are_cutes() {
   return true;
 }
 static_assert(fragments_are_cutes());
+
+constexpr bool tf32_fragments_are_cutes() {
+  using Traits = cute::MMA_Traits<cute::SM80_16x8x8_F32TF32TF32F32_TN>;
+  for (int lane = 0; lane < kWarpSize; ++lane) {
+    for (int v = 0; v < 4; ++v) {
+      const FragmentPlace left = tf32_left_place(lane, v);
+      if (typename Traits::ALayout{}(lane, v) != left.row + 16 * left.col) return false;
+      const FragmentPlace sum = accumulator_place(lane, v);
+      if (typename Traits::CLayout{}(lane, v) != sum.row + 16 * sum.col) return false;
+      if (v >= 2) continue;
+      const FragmentPlace right = tf32_right_place(lane, v);
+      if (typename Traits::BLayout{}(lane, v) != right.col + 8 * right.row) return false;
+    }
+  }
+  return true;
+}
+static_assert(tf32_fragments_are_cutes());
 
 /// Elements of 16 bits: 8 to a chunk, 8 chunks to a period.
 template <int kCols, int kShift>

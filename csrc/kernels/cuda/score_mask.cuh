@@ -54,7 +54,7 @@ TORCH_EXT_DEVICE void with_mask_type(const DeviceMasking& masking, Visit visit) 
     visit(BooleanMask{});
   } else if (masking.mask_dtype == ScalarType::kFloat32) {
     visit(AdditiveMask<float>{});
-  } else {
+  } else if constexpr (!std::is_same_v<Element, Tf32>) {  // float has no other
     visit(AdditiveMask<Element>{});
   }
 }

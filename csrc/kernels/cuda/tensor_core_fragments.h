@@ -1,6 +1,6 @@
-// Which element of a matrix a lane holds in a fragment of m16n8k16. The kernels rely on it in
-// tensor_core_tile.cuh, the emulated tensor cores of the tests execute it, and
-// fragment_layout_check.cuh compares it with CuTe's.
+// Which element of a matrix a lane holds in a fragment of m16n8k16, and of TF32's m16n8k8. The
+// kernels rely on it in tensor_core_tile.cuh, the emulated tensor cores of the tests execute it,
+// and fragment_layout_check.cuh compares it with CuTe's.
 #pragma once
 
 namespace torch_ext::cuda {
@@ -24,5 +24,13 @@ constexpr FragmentPlace left_place(int lane, int v) {
 constexpr FragmentPlace right_place(int lane, int v) {
   return {lane % 4 * 2 + v % 2 + v / 2 * 8, lane / 4};
 }
+
+/// Element v of 4 of TF32's left operand, (16, 8).
+constexpr FragmentPlace tf32_left_place(int lane, int v) {
+  return {lane / 4 + v % 2 * 8, lane % 4 + v / 2 * 4};
+}
+
+/// Element v of 2 of TF32's right operand, (8, 8).
+constexpr FragmentPlace tf32_right_place(int lane, int v) { return {lane % 4 + v * 4, lane / 4}; }
 
 }  // namespace torch_ext::cuda

@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include "../../kernels/cuda/attention_kernels.h"
+#include "../cuda_float32_precision.h"
 #include "../tensor_params.h"
 #include "attention_backward_outputs.h"
 #include "attention_call.h"
@@ -47,10 +48,11 @@ void run_attention_backward_cuda(const AttentionArguments& arguments, std::int64
   if (gradients.grad_logsumexp != nullptr) {
     grad_logsumexp = gradients.grad_logsumexp->expect_contiguous();
   }
-  const at::Tensor query = with_unit_columns(arguments.query);
-  const at::Tensor key = with_unit_columns(arguments.key);
-  const at::Tensor value = with_unit_columns(arguments.value);
-  const at::Tensor grad_out = with_unit_columns(gradients.grad_out);
+  const bool allow_tf32 = allows_tf32();
+  const at::Tensor query = with_unit_columns(arguments.query, allow_tf32);
+  const at::Tensor key = with_unit_columns(arguments.key, allow_tf32);
+  const at::Tensor value = with_unit_columns(arguments.value, allow_tf32);
+  const at::Tensor grad_out = with_unit_columns(gradients.grad_out, allow_tf32);
   const AttentionBackwardParams params{.dtype = kernel_scalar_type(query.scalar_type()),
                                        .shape = attention_shape(geometry),
                                        .query = strided_view(query),
@@ -72,7 +74,8 @@ void run_attention_backward_cuda(const AttentionArguments& arguments, std::int64
                                        .dropout = attention_dropout(arguments)};
   const cuda::CudaBackwardSchedule schedule = cuda::schedule_backward(
       params, {.deterministic = at::globalContext().deterministicAlgorithms(),
-               .shared_limit = shared_memory_limit(query.device().index())});
+               .shared_limit = shared_memory_limit(query.device().index()),
+               .allow_tf32 = allow_tf32});
   const at::DataPtr workspace =
       c10::cuda::CUDACachingAllocator::get()->allocate(schedule.total_bytes);
   const cuda::AttentionLaunch launch = cuda::attention_backward(

@@ -17,8 +17,8 @@ void run_attention_backward_cuda(const AttentionArguments& arguments, std::int64
                                  const AttentionGeometry<std::int64_t>& geometry,
                                  const AttentionGradientOutputs& outputs);
 
-/// What the tensor core kernels take: columns one behind the other. Other 16-bit tensors are
-/// copied; the kernels of the other dtypes take any strides.
-at::Tensor with_unit_columns(const at::Tensor& tensor);
+/// What the tensor core kernels take: columns one behind the other. Others are copied if they are
+/// of 16 bits, or of fp32 that may be rounded to TF32; the other kernels take any strides.
+at::Tensor with_unit_columns(const at::Tensor& tensor, bool allow_tf32);
 
 }  // namespace torch_ext

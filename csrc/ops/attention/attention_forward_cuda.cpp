@@ -10,6 +10,7 @@
 #include <limits>
 
 #include "../../kernels/cuda/attention_kernels.h"
+#include "../cuda_float32_precision.h"
 #include "attention_call.h"
 #include "attention_cuda.h"
 #include "attention_operators.h"
@@ -17,9 +18,11 @@
 
 namespace torch_ext {
 
-at::Tensor with_unit_columns(const at::Tensor& tensor) {
-  const bool half = tensor.scalar_type() == at::kBFloat16 || tensor.scalar_type() == at::kHalf;
-  return half && tensor.size(-1) > 1 && tensor.stride(-1) != 1 ? tensor.contiguous() : tensor;
+at::Tensor with_unit_columns(const at::Tensor& tensor, bool allow_tf32) {
+  const at::ScalarType type = tensor.scalar_type();
+  const bool matters =
+      type == at::kBFloat16 || type == at::kHalf || (type == at::kFloat && allow_tf32);
+  return matters && tensor.size(-1) > 1 && tensor.stride(-1) != 1 ? tensor.contiguous() : tensor;
 }
 
 void run_attention_forward_cuda(const AttentionArguments& arguments, std::int64_t causal_offset,
@@ -31,9 +34,10 @@ void run_attention_forward_cuda(const AttentionArguments& arguments, std::int64_
     if (logsumexp != nullptr) logsumexp->fill_(-std::numeric_limits<double>::infinity());
     return record_attention_path("cuda.empty");
   }
-  const at::Tensor query = with_unit_columns(arguments.query);
-  const at::Tensor key = with_unit_columns(arguments.key);
-  const at::Tensor value = with_unit_columns(arguments.value);
+  const bool allow_tf32 = allows_tf32();
+  const at::Tensor query = with_unit_columns(arguments.query, allow_tf32);
+  const at::Tensor key = with_unit_columns(arguments.key, allow_tf32);
+  const at::Tensor value = with_unit_columns(arguments.value, allow_tf32);
   const AttentionArguments read{.query = query,
                                 .key = key,
                                 .value = value,
@@ -44,8 +48,8 @@ void run_attention_forward_cuda(const AttentionArguments& arguments, std::int64_
                                 .enable_gqa = arguments.enable_gqa,
                                 .key_padding_mask = arguments.key_padding_mask,
                                 .dropout_seed = arguments.dropout_seed};
-  const cuda::CudaForwardSchedule schedule =
-      cuda::schedule_forward(forward_params(read, causal_offset, geometry, out, logsumexp));
+  const cuda::CudaForwardSchedule schedule = cuda::schedule_forward(
+      forward_params(read, causal_offset, geometry, out, logsumexp), allow_tf32);
   const at::DataPtr workspace =
       c10::cuda::CUDACachingAllocator::get()->allocate(schedule.total_bytes);
   const cuda::AttentionLaunch launch = cuda::attention_forward(

@@ -1,5 +1,4 @@
 // linear_wgrad_ on CUDA devices: a cuBLASLt product that adds to the weight's gradient in place.
-#include <ATen/Context.h>
 #include <ATen/cuda/CUDAContextLight.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/sum.h>
@@ -14,6 +13,7 @@
 
 #include "../../kernels/cuda/accumulation_kernels.h"
 #include "../../kernels/cuda/lt_matmul.h"
+#include "../cuda_float32_precision.h"
 #include "accumulation_operators.h"
 #include "list_params.h"
 #include "weight_gradient_views.h"
@@ -65,12 +65,6 @@ at::ScalarType operand_type(const at::Tensor& grads, const at::Tensor& inputs,
     if (tensor->scalar_type() == at::kDouble) return at::kDouble;
   }
   return grads.scalar_type() == inputs.scalar_type() ? grads.scalar_type() : at::kFloat;
-}
-
-/// As torch's own products ask.
-bool allows_tf32() {
-  return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
-         at::Float32Precision::TF32;
 }
 
 class WeightGradientCall {
