@@ -2,9 +2,9 @@
 // so that fp32 neither overflows nor loses small tensors beside large ones: first within a block,
 // whose bounds are the shape's, then over the blocks in order. No sum depends on the thread count.
 
-// Blocks that are read side by side: one stream a thread leaves the memory half idle, and their
-// sums are the independent chains that two FMA ports x 4 cycles latency want.
-constexpr int kNormStreams = 4;
+// How far ahead of its use a line is asked for. One stream a thread: several side by side read
+// slower.
+constexpr std::int64_t kNormAheadBytes = 6144;
 
 struct DoublePair {
   DoubleVector low;
@@ -36,7 +36,7 @@ struct BlockNorm {
 // vanishes by that is too small to show beside what did not fit.
 constexpr double kDownscale = 0x1p-540;
 
-/// Of one block, as it is read.
+/// Of a part of a block.
 template <ScalarType kType, bool kDownscaled>
 struct SquareSums {
   static constexpr int kElements = 2 * kDoubleLanes;  // of one step
@@ -56,6 +56,12 @@ struct SquareSums {
     sums.high += x.high * x.high;
   }
 
+  TORCH_EXT_INLINE void join(SquareSums& sums, const SquareSums& others) {
+    sums.low += others.low;
+    sums.high += others.high;
+    sums.zeros += others.zeros;
+  }
+
   TORCH_EXT_INLINE BlockNorm total(const SquareSums& sums) {
     const double sum = horizontal_sum<double>(sums.low + sums.high);
     const bool finite = kType == ScalarType::kFloat64 ? horizontal_sum<double>(sums.zeros) == 0.0
@@ -69,54 +75,38 @@ template <ScalarType kType, bool kDownscaled>
 static BlockNorm sum_squares(const char* source, std::int64_t count) {
   using Sums = SquareSums<kType, kDownscaled>;
   const std::int64_t bytes = bytes_of(kType);
-  Sums sums;
+  // Two: with their halves as many additions are on their way as two ports x 4 cycles hold.
+  Sums even;
+  Sums odd;
   std::int64_t i = 0;
-  for (; i + Sums::kElements <= count; i += Sums::kElements) Sums::add(sums, source + i * bytes);
-  if (i < count) {
-    alignas(64) char tail[Sums::kElements * 8] = {};
-    __builtin_memcpy(tail, source + i * bytes, static_cast<std::size_t>((count - i) * bytes));
-    Sums::add(sums, tail);
-  }
-  return Sums::total(sums);
-}
-
-/// The same of kNormStreams whole blocks that follow each other: the same sums, bit by bit.
-template <ScalarType kType, bool kDownscaled>
-static void sum_squares_of_streams(const char* source, BlockNorm* results) {
-  using Sums = SquareSums<kType, kDownscaled>;
-  static_assert(kListBlock % Sums::kElements == 0);
-  const std::int64_t bytes = bytes_of(kType);
-  Sums sums[kNormStreams];
-  for (std::int64_t i = 0; i < kListBlock; i += Sums::kElements) {
-#pragma GCC unroll 4
-    for (int stream = 0; stream < kNormStreams; ++stream) {
-      Sums::add(sums[stream], source + (stream * kListBlock + i) * bytes);
+  for (; i + 2 * Sums::kElements <= count; i += 2 * Sums::kElements) {
+    const char* const step = source + i * bytes;
+    for (std::int64_t line = 0; line < 2 * Sums::kElements * bytes; line += 64) {
+      __builtin_prefetch(step + line + kNormAheadBytes, 0, 3);
     }
+    Sums::add(even, step);
+    Sums::add(odd, step + Sums::kElements * bytes);
   }
-#pragma GCC unroll 4
-  for (int stream = 0; stream < kNormStreams; ++stream) {
-    results[stream] = Sums::total(sums[stream]);
+  for (; i < count; i += Sums::kElements) {
+    alignas(64) char tail[Sums::kElements * 8] = {};
+    const std::int64_t rest = min_of(count - i, std::int64_t{Sums::kElements});
+    __builtin_memcpy(tail, source + i * bytes, static_cast<std::size_t>(rest * bytes));
+    Sums::add(even, tail);
   }
+  Sums::join(even, odd);
+  return Sums::total(even);
 }
 
-/// Blocks [first, end) of a dense entry.
 template <bool kDownscaled>
-static void sum_squares_of_dense(const GradStatsEntry& entry, std::int64_t first, std::int64_t end,
-                                 BlockNorm* norms) {
+static BlockNorm sum_squares_of_block(const GradStatsEntry& entry, std::int64_t block) {
+  BlockNorm result{0.0, true};
   with_floating_type(entry.grad.type, [&](auto type) {
     constexpr ScalarType kType = decltype(type)::kType;
-    for (std::int64_t block = first; block < end;) {
-      const char* source = element_at(entry.grad.data, kType, block * kListBlock);
-      if (block + kNormStreams <= end && (block + kNormStreams) * kListBlock <= entry.count) {
-        sum_squares_of_streams<kType, kDownscaled>(source, norms + block);
-        block += kNormStreams;
-      } else {
-        norms[block] = sum_squares<kType, kDownscaled>(
-            source, min_of(kListBlock, entry.count - block * kListBlock));
-        ++block;
-      }
-    }
+    const std::int64_t begin = block * kListBlock;
+    result = sum_squares<kType, kDownscaled>(element_at(entry.grad.data, kType, begin),
+                                             min_of(kListBlock, entry.count - begin));
   });
+  return result;
 }
 
 template <bool kDownscaled>
@@ -165,11 +155,10 @@ static NormPass norm_pass(const GradStatsParams& params, const TaskRunner& runne
            [&](std::int64_t index, std::int64_t first, std::int64_t end) {
              const GradStatsEntry& entry = params.entries[index];
              BlockNorm* const own = norms + first_blocks[index];
-             if (entry.loop.dims == 0) {
-               return sum_squares_of_dense<kDownscaled>(entry, first, end, own);
-             }
+             const bool is_dense = entry.loop.dims == 0;
              for (std::int64_t block = first; block < end; ++block) {
-               own[block] = sum_squares_of_strip<kDownscaled>(entry, block);
+               own[block] = is_dense ? sum_squares_of_block<kDownscaled>(entry, block)
+                                     : sum_squares_of_strip<kDownscaled>(entry, block);
              }
            });
   constexpr double kUpscale = kDownscaled ? 1.0 / kDownscale : 1.0;
