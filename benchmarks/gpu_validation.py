@@ -19,6 +19,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -26,7 +27,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "gpu_validation"
 # In their order. A step that takes longer is ended and counts as failed, as all do after the last
@@ -37,7 +40,7 @@ LIMITS = {
     "pytest": 150,
     "mini_batches": 90,
     "attention": 180,
-    "sanitizer": 120,
+    "sanitizer": 240,
 }
 # What runs under the sanitizers: seconds there are minutes.
 SANITIZED = (
@@ -92,35 +95,48 @@ class Validation:
             raise StepFailed(f"not begun: the {self.options.minutes:g} minutes are over")
         limit = min(limit, left)
         log = self.log / f"{name}.log"
-        try:
-            done = subprocess.run(
+        ended = False
+        with (
+            log.open("w") as output,
+            subprocess.Popen(
                 command,
                 cwd=ROOT,
                 env={**self.environment, **variables},
-                stdout=subprocess.PIPE,
+                stdout=output,
                 stderr=subprocess.STDOUT,
-                text=True,
-                timeout=limit,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
-            output = error.stdout or b""
-            text = output.decode(errors="replace") if isinstance(output, bytes) else output
-            log.write_text(text)
-            raise StepFailed(f"ended after {limit:.0f} s\n{_tail(text)}") from error
-        log.write_text(done.stdout)
-        if done.returncode != 0:
-            raise StepFailed(f"exit status {done.returncode}\n{_tail(done.stdout)}")
-        return done.stdout
+                start_new_session=True,
+            ) as process,
+        ):
+            try:
+                process.wait(limit)
+            except subprocess.TimeoutExpired:
+                ended = True
+                os.killpg(process.pid, signal.SIGKILL)  # with all that it has started
+        text = log.read_text(errors="replace")
+        if ended:
+            raise StepFailed(f"ended after {limit:.0f} s\n{_tail(text)}")
+        if process.returncode != 0:
+            raise StepFailed(f"exit status {process.returncode}\n{_tail(text)}")
+        return text
+
+    def side_by_side(self, run: Callable[[T], str], keys: list[T]) -> dict[T, str]:
+        """run(key) of all at a time. Fails with everything that failed."""
+        with ThreadPoolExecutor(1 if self.options.dry_run else len(keys)) as pool:
+            pending = {key: pool.submit(run, key) for key in keys}
+        failed = [str(error) for future in pending.values() if (error := future.exception())]
+        if failed:
+            raise StepFailed("\n".join(failed))
+        return {key: future.result() for key, future in pending.items()}
 
     def build(self) -> tuple[str, list[str]]:
         """Wheels, then the library and its Python module in place."""
         if self.options.wheels is not None:
-            site = self.site
             wheels = [str(wheel) for wheel in sorted(self.options.wheels.glob("*.whl"))]
+            if not wheels and not self.options.dry_run:
+                raise StepFailed(f"there are no wheels in {self.options.wheels}")
             pip = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--quiet"]
-            self.run("wheels", [*pip, "--upgrade", "--target", str(site), *wheels], 60)
-            self.environment["PYTHONPATH"] += f"{os.pathsep}{site}"
+            self.run("wheels", [*pip, "--upgrade", "--target", str(self.site), *wheels], 60)
+            self.environment["PYTHONPATH"] += f"{os.pathsep}{self.site}"
         output = self.run(
             "build",
             ["bash", "scripts/build_library.sh", "-DCMAKE_BUILD_TYPE=Release"],
@@ -158,13 +174,8 @@ class Validation:
             command = [sys.executable, "-m", "pytest", *common, *shares[number]]
             return self.run(f"pytest_{number}", command, LIMITS["pytest"], OMP_NUM_THREADS="2")
 
-        with ThreadPoolExecutor(1 if self.options.dry_run else len(shares)) as pool:
-            pending = [pool.submit(run, number) for number in range(len(shares))]
-        failed = [error for error in (future.exception() for future in pending) if error]
-        if failed:
-            raise StepFailed("\n".join(str(error) for error in failed))
-        found = [re.findall(r"(\d+) passed", future.result()) for future in pending]
-        passed = sum(int(counts[-1]) for counts in found if counts)
+        outputs = self.side_by_side(run, list(range(len(shares)))).values()
+        passed = sum(int(_last_match(r"(\d+) passed", output, "0")) for output in outputs)
         return f"{passed} passed in {len(shares)} processes", []
 
     def sanitizer(self) -> tuple[str, list[str]]:
@@ -176,16 +187,16 @@ class Validation:
             tool = "compute-sanitizer"
         tests = [str(BUILD / "kernels" / "kernel_tests"), "--gtest_brief=1"]
         tests.append(f"--gtest_filter={SANITIZED}")
-        found = []
-        for check in ("memcheck", "racecheck"):
-            output = self.run(
-                f"sanitizer_{check}",
-                [tool, "--tool", check, "--error-exitcode", "9", *tests],
-                LIMITS["sanitizer"] / 2,
-                TORCH_EXT_TEST_SEPARATE="1",
-            )
-            found.append(f"{check}: {_last_match(r'SUMMARY: (.*)', output)}")
-        return "; ".join(found), []
+
+        def run(check: str) -> str:
+            command = [tool, "--tool", check, "--error-exitcode", "9", *tests]
+            limit = LIMITS["sanitizer"]
+            return self.run(f"sanitizer_{check}", command, limit, TORCH_EXT_TEST_SEPARATE="1")
+
+        found = self.side_by_side(run, ["memcheck", "racecheck"])
+        return "; ".join(
+            f"{check}: {_last_match(r'SUMMARY: (.*)', output)}" for check, output in found.items()
+        ), []
 
     def mini_batches(self) -> tuple[str, list[str]]:
         return self._benchmark("mini_batches", "gpu_mini_batches.py")
@@ -213,9 +224,9 @@ def _tail(text: str, lines: int = 25) -> str:
     return "\n".join(text.splitlines()[-lines:])
 
 
-def _last_match(pattern: str, text: str) -> str:
+def _last_match(pattern: str, text: str, otherwise: str = "nothing was said") -> str:
     found = re.findall(pattern, text)
-    return found[-1] if found else "nothing was said"
+    return found[-1] if found else otherwise
 
 
 def take_step(name: str, step: Callable[[], tuple[str, list[str]]]) -> Step:

@@ -96,6 +96,35 @@ def test_when_the_minutes_are_over_steps_fail_without_running(
     assert not (tmp_path / "log" / "echo.log").exists()
 
 
+def test_what_takes_too_long_ends_with_all_that_it_started(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(gpu_validation, "BUILD", tmp_path)
+    options = gpu_validation.parse_options(["--architecture", "9.0a"])
+    validation = gpu_validation.Validation(options)
+    script = f"echo begun; sleep 60 & echo $! >{tmp_path / 'child'}; wait"
+    with pytest.raises(gpu_validation.StepFailed, match="ended after 1 s\nbegun"):
+        validation.run("waits", ["bash", "-c", script], 1.0)
+    status = Path("/proc") / (tmp_path / "child").read_text().strip() / "status"
+    # Gone, or dead and not yet collected by whoever adopted it.
+    assert not status.exists() or re.search(r"State:\s+[ZX]", status.read_text())
+
+
+def test_steps_side_by_side_fail_with_all_that_failed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(gpu_validation, "BUILD", tmp_path)
+    options = gpu_validation.parse_options(["--architecture", "9.0a"])
+    validation = gpu_validation.Validation(options)
+
+    def run(word: str) -> str:
+        return validation.run(word, ["bash", "-c", f"echo {word}; [[ {word} == good ]]"], 10)
+
+    assert validation.side_by_side(run, ["good"]) == {"good": "good\n"}
+    with pytest.raises(gpu_validation.StepFailed, match=r"(?s)status 1\nbad.*status 1\nworse"):
+        validation.side_by_side(run, ["bad", "good", "worse"])
+
+
 def test_an_interpreter_of_another_name_is_called_python(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
