@@ -6,6 +6,7 @@ constexpr std::int64_t kEmbeddingCols = 512;     // of a task: a repeated row is
 constexpr std::int64_t kEmbeddingTokens = 64;    // of a task, or one row's
 constexpr std::int64_t kEmbeddingChain = 256;    // tokens added up before they join the row's sum
 constexpr std::int64_t kEmbeddingGapRows = 256;  // of a task over rows that no token names
+constexpr std::int64_t kEmbeddingAhead = 2;
 
 /// First index in the sorted array whose value is not below `value`.
 TORCH_EXT_INLINE std::int64_t first_not_below(const std::int64_t* sorted, std::int64_t count,
@@ -42,21 +43,42 @@ static void store_embedding_row(const EmbeddingGradientParams& params, std::int6
   }
 }
 
+/// `cols` elements from (row, first_col), where they lie together.
+template <typename AnyMatrix>
+TORCH_EXT_INLINE void prefetch_columns(const AnyMatrix& matrix, std::int64_t row,
+                                       std::int64_t first_col, std::int64_t cols) {
+  if (matrix.col_stride != 1) return;
+  const char* const begin = static_cast<const char*>(
+      element_at(matrix.data, matrix.type, row * matrix.row_stride + first_col));
+  for (std::int64_t byte = 0; byte < cols * bytes_of(matrix.type); byte += 64) {
+    __builtin_prefetch(begin + byte, 0, 3);
+  }
+}
+
+/// Rows lie anywhere: the memory's own guesses start anew in each, so they are asked for
+/// kEmbeddingAhead rows and tokens early.
+TORCH_EXT_INLINE void prefetch_embedding(const EmbeddingGradientParams& params, std::int64_t index,
+                                         std::int64_t first_col, std::int64_t cols) {
+  const std::int64_t row = index + kEmbeddingAhead;
+  if (row < params.num_rows) {
+    prefetch_columns(params.weight_grad, params.rows[row], first_col, cols);
+  }
+}
+
 template <typename T>
 static void add_embedding_tokens(const EmbeddingGradientParams& params, std::int64_t begin,
                                  std::int64_t end, std::int64_t first_col, std::int64_t cols,
                                  T* sums) {
   constexpr int kLanes = Simd<T>::kLanes;
   const ConstMatrix& grads = params.grad_output;
+  const std::int64_t num_tokens = params.starts[params.num_rows];
   for (std::int64_t i = begin; i < end; ++i) {
+    if (i + kEmbeddingAhead < num_tokens) {
+      prefetch_columns(grads, params.positions[i + kEmbeddingAhead], first_col, cols);
+    }
     const char* source =
         element_at(grads.data, grads.type,
                    params.positions[i] * grads.row_stride + first_col * grads.col_stride);
-    if (i + 1 < end) {
-      prefetch_ahead(
-          element_at(grads.data, grads.type,
-                     params.positions[i + 1] * grads.row_stride + first_col * grads.col_stride));
-    }
     for (std::int64_t col = 0; col < cols; col += kLanes) {
       const Vec<T> grad = load_elements<T>(element_at(source, grads.type, col * grads.col_stride),
                                            grads.type, grads.col_stride, cols - col);
@@ -95,6 +117,8 @@ static void run_embedding_gradient(const EmbeddingGradientParams& params,
   const auto ceil_div = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
   const std::int64_t num_tokens = params.num_rows == 0 ? 0 : params.starts[params.num_rows];
   const std::int64_t col_tasks = ceil_div(params.dim, kEmbeddingCols);
+  const std::int64_t task_cols =
+      col_tasks == 0 ? 0 : round_up(ceil_div(params.dim, col_tasks), Simd<T>::kLanes);
   const std::int64_t named_tasks = ceil_div(num_tokens, kEmbeddingTokens) * col_tasks;
   // Rows that no token names change too, unless beta = 1.
   const std::int64_t gap_tasks =
@@ -113,12 +137,14 @@ static void run_embedding_gradient(const EmbeddingGradientParams& params,
       }
       return;
     }
-    const std::int64_t first_col = task % col_tasks * kEmbeddingCols;
-    const std::int64_t cols = min_of(kEmbeddingCols, params.dim - first_col);
+    const std::int64_t first_col = task % col_tasks * task_cols;
+    const std::int64_t cols = min_of(task_cols, params.dim - first_col);
+    if (cols <= 0) return;
     const std::int64_t token = task / col_tasks * kEmbeddingTokens;
     // The rows whose first token lies in this task's share.
     std::int64_t index = first_not_below(params.starts, params.num_rows, token);
     for (; index < params.num_rows && params.starts[index] < token + kEmbeddingTokens; ++index) {
+      prefetch_embedding(params, index, first_col, cols);
       embedding_row<T>(params, index, first_col, cols);
     }
   });
