@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -12,6 +13,7 @@
 #include "attention_check.h"
 #include "cuda_attention_kernels.h"
 #include "cuda_case_list.h"
+#include "kernels/cuda/cuda_attention_schedule.h"
 #include "thread_task_runner.h"
 
 namespace torch_ext::testing {
@@ -91,6 +93,20 @@ TEST_P(CudaAttentionTf32, IsTakenWhereItIsAllowedAlone) {
     EXPECT_EQ(path(*GetParam().standard, 70, 64, ScalarType::kFloat32, backward), "cuda.scalar");
   }
   EXPECT_EQ(path(*GetParam().tf32, 4, 64, ScalarType::kFloat32, false), "cuda.tf32_decode");
+}
+
+/// Forward fits every GPU; the widest pass over the keys does not.
+TEST(CudaAttentionTf32Schedule, StaysExactWhereSharedMemoryIsShort) {
+  for (const auto& [head_dim, limit, expected] : {std::tuple{64, 99, cuda::CudaPath::kTensorCore},
+                                                  {128, 99, cuda::CudaPath::kScalar},
+                                                  {128, 163, cuda::CudaPath::kTensorCore},
+                                                  {130, 227, cuda::CudaPath::kScalar}}) {
+    const AttentionProblem problem({.q_len = 8, .kv_len = 8, .head_dim = head_dim});
+    const cuda::CudaBackwardSchedule schedule = cuda::schedule_backward(
+        problem.backward_params(),
+        {.shared_limit = static_cast<std::size_t>(limit) * 1024, .allow_tf32 = true});
+    EXPECT_EQ(schedule.path, expected) << "head_dim " << head_dim << ", " << limit << " KB";
+  }
 }
 
 TEST_P(CudaAttentionTf32, RoundsOperands) {

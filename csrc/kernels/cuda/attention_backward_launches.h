@@ -23,6 +23,7 @@ struct BackwardLaunches {
 
   template <typename Program>
   void launch(std::int64_t blocks) const {
+    static_assert(Program::kSharedBytes <= kLeastSharedLimit);
     launcher.template launch<Program>(blocks, args);
   }
 
@@ -47,8 +48,17 @@ struct BackwardLaunches {
     if (args.partials > 1) launch<AttentionMaskSumProgram<T>>((count + 127) / 128);
   }
 
+  /// Which the schedule has made sure of.
+  template <typename Program>
+  static constexpr std::size_t keys_limit() {
+    if (Program::kDim != 128) return kLeastSharedLimit;
+    if (std::is_same_v<typename Program::Element, Tf32>) return kTf32KeysBytes;
+    return Program::kGeneral ? kLeastSharedLimit : kWideKeysBytes;
+  }
+
   template <typename Program>
   void keys() const {
+    static_assert(Program::kSharedBytes <= keys_limit<Program>());
     AttentionBackwardArgs own = args;
     own.tiles = (args.shape.kv_len + Program::kKeys - 1) / Program::kKeys;
     launcher.template launch<Program>(own.tiles * pairs(), own);

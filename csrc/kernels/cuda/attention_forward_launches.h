@@ -51,6 +51,8 @@ void launch_forward_tiles(const CudaForwardSchedule& schedule, const AttentionFo
                           const Launcher& launcher) {
   constexpr bool kIsTf32 = std::is_same_v<Element, Tf32>;
   const auto tiles = [&]<int kDim>() {
+    static_assert(AttentionDecodeProgram<Element, kDim>::kSharedBytes <= kLeastSharedLimit &&
+                  AttentionForwardProgram<Element, kDim, true>::kSharedBytes <= kLeastSharedLimit);
     if (schedule.decode) {
       launcher.template launch<AttentionDecodeProgram<Element, kDim>>(schedule.blocks, args);
     } else if (kDim > 128 || schedule.general) {

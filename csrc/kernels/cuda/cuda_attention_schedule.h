@@ -15,6 +15,13 @@ enum class CudaPath : std::uint8_t {
   kScalar       // fp32, fp64, wider heads
 };
 
+/// Shared memory of a block that every GPU from 8.0 on has (8.6, 8.9, 12.0: no more), in bytes.
+inline constexpr std::size_t kLeastSharedLimit = 99 * 1024;
+/// More than that takes the pass over the keys at head_dim 128, without options,
+inline constexpr std::size_t kWideKeysBytes = 148 * 1024;
+/// and in TF32.
+inline constexpr std::size_t kTf32KeysBytes = 124 * 1024;
+
 /// Widths that the tensor core tiles are compiled for.
 inline constexpr int kTileDims[] = {64, 128, 256};
 

@@ -10,13 +10,6 @@ namespace {
 // Blocks of the mask's gradient below which its sums are cut into parts.
 constexpr std::int64_t kEnoughBlocks = 256;
 
-// Of the keys' pass without options at head_dim 128, whose block of 128 keys not every GPU can
-// hold.
-constexpr std::size_t kWideBlockBytes = 148 * 1024;
-
-// Of that pass in TF32 at head_dim 128. Wider than that, and on GPUs with less, fp32 stays exact.
-constexpr std::size_t kTf32BlockBytes = 124 * 1024;
-
 // Returns the bytes of the partial sums.
 std::size_t set_up_mask_gradient(const CudaBackwardSchedule& schedule, const AttentionShape& shape,
                                  AttentionBackwardArgs& args) {
@@ -85,7 +78,7 @@ CudaBackwardSchedule schedule_backward(const AttentionBackwardParams& params,
   schedule.total_bytes = set_up_tile_map(args.masking, shape);
   schedule.dim = tile_dim(shape);
   const bool tf32 = takes_tf32(params.dtype, schedule.dim, options.allow_tf32) &&
-                    (schedule.dim <= 64 || options.shared_limit >= kTf32BlockBytes);
+                    (schedule.dim <= 64 || options.shared_limit >= kTf32KeysBytes);
   const bool tensor_core = (is_half(params.dtype) || tf32) && schedule.dim != 0 &&
                            positions_fit(shape) && has_unit_columns(params.query, shape.head_dim) &&
                            has_unit_columns(params.key, shape.head_dim) &&
@@ -104,7 +97,7 @@ CudaBackwardSchedule schedule_backward(const AttentionBackwardParams& params,
                        args.masking.padding.data != nullptr || args.dropout.active ||
                        !args.query.copies_whole_chunks || !args.key.copies_whole_chunks ||
                        !args.value.copies_whole_chunks || !args.grad_out.copies_whole_chunks ||
-                       (schedule.dim == 128 && options.shared_limit < kWideBlockBytes);
+                       (schedule.dim == 128 && options.shared_limit < kWideKeysBytes);
     schedule.sums_grad_query = params.grad_query.data != nullptr && !options.deterministic;
     if (schedule.sums_grad_query) {
       schedule.grad_query_sum_offset = schedule.total_bytes;
