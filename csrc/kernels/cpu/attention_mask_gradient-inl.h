@@ -77,7 +77,6 @@ struct MaskGradient {
   /// One row of the mask's gradient: the partial sums in their order. row counts (slice, head,
   /// row).
   void join_row(std::int64_t index) const {
-    const AttentionShape& shape = params.shape;
     const StridedView& view = params.grad_mask;
     const std::int64_t row = index % plan.mask_rows;
     const std::int64_t head = index / plan.mask_rows % plan.mask_heads;
