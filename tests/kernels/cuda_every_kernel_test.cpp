@@ -31,7 +31,7 @@ CaseList plain_cases(ScalarType dtype, std::initializer_list<std::int64_t> head_
     cases.back().causal_offset = 10;
     cases.push_back(small(dtype, 3, head_dim));  // decoding
   }
-  return numbered(cases);
+  return thinned(numbered(cases));
 }
 
 CaseList masked_cases(ScalarType dtype, std::initializer_list<std::int64_t> head_dims) {
@@ -48,7 +48,7 @@ CaseList masked_cases(ScalarType dtype, std::initializer_list<std::int64_t> head
     spec.key_padding = 0.3;
     cases.push_back(spec);
   }
-  return numbered(cases);
+  return thinned(numbered(cases));
 }
 
 TEST_P(CudaEveryKernel, Bf16) {
