@@ -1,19 +1,36 @@
-"""Micro-batches on worker threads, for the CPU: each computes on one core."""
+"""Micro-batches on worker threads, for the CPU: each computes on one core.
+
+The threads are those of torch's parallel regions (worker_team.h), where there are enough of them
+and the caller is in no region itself; a pool's own otherwise.
+"""
 
 from __future__ import annotations
 
 import contextvars
+import os
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from torch_ext._C import run_on_team
 from torch_ext.micro_batch_gradients import NAME, Gradients, SeparateWindow
 from torch_ext.thread_generator import own_generator, turned_to_own_generators
 from torch_ext.worker_pool import shared_pool
 
 __all__ = ["run_on_workers"]
+
+# A forked process has none of the threads that its copy of OpenMP still counts on.
+_team_was_lost = False
+
+
+def _lose_team() -> None:
+    global _team_was_lost
+    _team_was_lost = True
+
+
+os.register_at_fork(after_in_child=_lose_team)
 
 
 def run_on_workers(window: SeparateWindow, micro_batches: Iterator[Any], workers: int) -> None:
@@ -43,19 +60,27 @@ class _Run:
         # A worker that is far ahead waits: results that are not added yet take memory.
         self._ahead = 2 * workers
         with turned_to_own_generators():
-            running = shared_pool().start(workers, self._work)
-            try:
-                running.wait()
-            except BaseException:  # Ctrl-C
-                self._stop()
-                running.wait()
-                raise
+            is_lost = _team_was_lost and workers > 1
+            if is_lost or not run_on_team(workers, self._work, self._stop):
+                self._run_on_pool(workers)
         if self._errors:
-            number = min(self._errors)
+            # Ctrl-C before errors.
+            number = min(self._errors, key=lambda k: (isinstance(self._errors[k], Exception), k))
             error = self._errors[number]
             if hasattr(error, "add_note"):
                 error.add_note(f"{NAME}: micro-batch {number}")
             raise error
+
+    def _run_on_pool(self, workers: int) -> None:
+        running = None
+        try:
+            running = shared_pool().start(workers, self._work)
+            running.wait()
+        except BaseException:  # Ctrl-C
+            self._stop()
+            if running is not None:
+                running.wait()
+            raise
 
     def _stop(self) -> None:
         with self._changed:

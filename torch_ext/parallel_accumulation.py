@@ -30,8 +30,8 @@ def parallel_micro_batches(
 
     Args:
         accumulator: gets the gradients. ``step()`` is still the caller's.
-        loss_fn: called as ``loss_fn(model, micro_batch)``, from worker threads; returns the summed
-            loss, a tensor of one element, and its weight as in
+        loss_fn: called as ``loss_fn(model, micro_batch)``, from worker threads (the caller's
+            may be one); returns the summed loss, a tensor of one element, and its weight as in
             :meth:`GradientAccumulator.micro_batch`. Autocast, grad mode, hooks and context
             variables are the caller's. Dropout draws from generators that one number of torch's
             default generator seeds.

@@ -1,4 +1,7 @@
-"""Worker threads that compute on one core each, kept from call to call."""
+"""Worker threads that compute on one core each, kept from call to call.
+
+For where the threads of torch's parallel regions cannot be the workers.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,9 @@ class Running:
     def wait(self) -> None:
         """Returns when all have returned; may be called again when it was interrupted."""
         while self._workers:
-            self._done.acquire()
-            self._workers -= 1
+            # Now and then Python looks whether Ctrl-C came just before it began to wait.
+            if self._done.acquire(timeout=1):
+                self._workers -= 1
 
 
 class WorkerPool:

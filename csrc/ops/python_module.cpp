@@ -1,14 +1,16 @@
-// torch_ext._C: what is no operator. The instruction set in use, the drop-in switch, and which path
-// the newest attention call took.
+// torch_ext._C: what is no operator. The instruction set in use, the drop-in switch, which path the
+// newest attention call took, and Python on the threads of torch's parallel regions.
 #include <pybind11/pybind11.h>
 #include <torch_ext/attention.h>
 #include <torch_ext/sdpa_override.h>
 
+#include <cstdint>
 #include <optional>
 #include <string>
 #include <utility>
 
 #include "../kernels/cpu/cpu_isa.h"
+#include "gradient_accumulation/worker_team.h"
 
 namespace py = pybind11;
 
@@ -49,6 +51,32 @@ void set_override_listener(py::object listener) {
   torch_ext::set_override_listener(notify);
 }
 
+/// torch_ext::run_on_team of a Python function. When one raises (Ctrl-C, anywhere in the caller's
+/// thread) `stop` makes the others return; then it is raised here, the first if there are several.
+bool run_on_team(std::int64_t workers, const py::object& task, const py::object& stop) {
+  bool has_run = false;
+  std::optional<py::error_already_set> raised;  // guarded by the GIL
+  {
+    const py::gil_scoped_release released;
+    has_run = torch_ext::run_on_team(workers, [&] {
+      const py::gil_scoped_acquire gil;
+      bool returned = false;
+      for (const py::object* call = &task; !returned; call = &stop) {
+        try {
+          (*call)();
+          returned = true;
+        } catch (const py::error_already_set& error) {
+          // Once more for those who press it once more: else the others would go on for ever.
+          returned = call == &stop && !error.matches(PyExc_KeyboardInterrupt);
+          if (!raised.has_value()) raised.emplace(error);
+        }
+      }
+    });
+  }
+  if (raised.has_value()) throw py::error_already_set(*raised);
+  return has_run;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -72,4 +100,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<ScopeHandle>(m, "EnabledScope")
       .def(py::init<bool>(), py::arg("on") = true, Released())
       .def("close", &ScopeHandle::close, Released());
+
+  m.def("run_on_team", &run_on_team, py::arg("workers"), py::arg("task"), py::arg("stop"));
 }
