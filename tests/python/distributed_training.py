@@ -8,6 +8,7 @@ Each process takes every second micro-batch; process 0 writes what came out.
 from __future__ import annotations
 
 import copy
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -182,7 +183,12 @@ def main() -> None:
         if dist.get_rank() == 0:
             torch.save(result, Path(sys.argv[2]) / f"{scenario}.pt")
         torch._dynamo.reset()
+    dist.barrier()
     dist.destroy_process_group()
+    # Gloo's threads drop their last tensors when they come to it; where the interpreter is on its
+    # way out by then, PyTorch aborts the process.
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
