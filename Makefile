@@ -3,6 +3,7 @@
 # make build    the library, in place: `import torch_ext` from this folder uses it
 # make bench    attention against torch's own (benchmarks/)
 # make sanitize the torch-free tests under the address and undefined-behaviour sanitizers
+# make check-cuda  the CUDA kernels for every architecture, and what the compiler made of them
 # make lint     format and lint checks; `make format` applies what can be applied
 # make clean    removes what was built; the environment stays (make distclean removes it too)
 #
@@ -28,7 +29,7 @@ export PATH := $(BIN):$(PATH)
 MAX_JOBS ?= $(shell awk -v cores=$$(nproc) '/MemTotal/ { jobs = int($$2 / 1.6e6); print jobs < 1 ? 1 : jobs < cores ? jobs : cores }' /proc/meminfo)
 export MAX_JOBS
 
-.PHONY: all demo test sanitize build bench lint format clean distclean environment
+.PHONY: all demo test sanitize check-cuda build bench lint format clean distclean environment
 all: build
 
 environment: $(READY)
@@ -48,6 +49,9 @@ test: $(READY)
 
 sanitize: $(READY)
 	@BUILD=$(BUILD) scripts/run_sanitizers.sh $(ARGS)
+
+check-cuda: $(READY)
+	@BUILD=$(BUILD) scripts/check_cuda_build.sh
 
 bench: build
 	@$(BIN)/python benchmarks/bench_attention.py $(ARGS)
