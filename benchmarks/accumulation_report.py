@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from environment import Environment
 from report import time_text
+from result_files import csv_text, read_rows
 
 
 @dataclass(frozen=True)
@@ -94,13 +94,6 @@ def cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def line(values: Sequence[str]) -> str:
-    """One line of the running table: a row is printed when it is measured, not at the end."""
-    first, *rest = zip(values, WIDTHS, strict=True)
-    text = first[0].ljust(first[1]) + "".join(v.rjust(w) for v, w in rest[:-1])
-    return f"{text}  {rest[-1][0]}".rstrip()
-
-
 def summary(rows: Sequence[Row]) -> str:
     """How many targets were reached, and which were not."""
     judged = [row for row in rows if row.verdict]
@@ -125,23 +118,11 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
             values = [asdict(row)[field] for field in fields]
             others = " ".join(f"{name.replace(' ', '_')}={s:.6g}" for name, s in row.others.items())
             writer.writerow(
-                [*map(_text, values), _text(row.bandwidth_fraction), row.verdict, others]
+                [*map(csv_text, values), csv_text(row.bandwidth_fraction), row.verdict, others]
             )
 
 
-def _text(value: object) -> str:
-    if value is None:
-        return ""
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def write_json(environment: Environment, rows: Sequence[Row], path: Path) -> None:
-    """What read_json reads back."""
-    content = {"environment": environment.to_json(), "rows": [asdict(row) for row in rows]}
-    path.write_text(json.dumps(content, indent=1) + "\n")
-
-
 def read_json(path: Path) -> tuple[Environment, list[Row]]:
-    """Environment and rows of a file that write_json wrote."""
-    content = json.loads(path.read_text())
-    return Environment.from_json(content["environment"]), [Row(**row) for row in content["rows"]]
+    """Environment and rows of a file that result_files.write_rows wrote."""
+    environment, rows = read_rows(path)
+    return environment, [Row(**row) for row in rows]

@@ -24,11 +24,10 @@ import torch
 from accuracy import measure_errors
 from environment import Peaks
 from peers import PEERS, Unsupported, call_of, make_inputs
+from result_files import choose_result_files, say_written, write_rows
 from workloads import Workload, select
 
 import torch_ext
-
-RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def measure(
@@ -94,20 +93,7 @@ def run_accuracy(
         accuracy_report.write_csv(measured, arguments.csv)
     if arguments.json:
         accuracy_report.write_json(environment, measured, arguments.json)
-    say_written(arguments)
-
-
-def choose_result_files(arguments: argparse.Namespace, stem: str) -> None:
-    """--save: CSV and JSON in results/, where the command line names no others."""
-    RESULTS.mkdir(exist_ok=True)
-    arguments.csv = arguments.csv or RESULTS / f"{stem}.csv"
-    arguments.json = arguments.json or RESULTS / f"{stem}.json"
-
-
-def say_written(arguments: argparse.Namespace) -> None:
-    for path in (arguments.csv, arguments.json, arguments.plot):
-        if path:
-            print(f"written: {path}")
+    say_written(arguments.csv, arguments.json, arguments.plot)
 
 
 def run_timing(
@@ -136,10 +122,10 @@ def run_timing(
     if arguments.csv:
         report.write_csv(rows, arguments.csv)
     if arguments.json:
-        report.write_json(environment, rows, arguments.json)
+        write_rows(environment, rows, arguments.json)
     if arguments.plot:
         report.draw(environment, rows, arguments.plot)
-    say_written(arguments)
+    say_written(arguments.csv, arguments.json, arguments.plot)
 
 
 def build_parser() -> argparse.ArgumentParser:

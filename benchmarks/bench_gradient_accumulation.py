@@ -22,8 +22,9 @@ import torch
 from accumulation_calls import calls_of
 from accumulation_workloads import OURS, Workload, select
 from memory_bandwidth import COPY, UPDATE, BandwidthProbe
+from report import line
+from result_files import choose_result_files, say_written, write_rows
 
-RESULTS = Path(__file__).resolve().parent / "results"
 _CPU = torch.device("cpu")
 
 
@@ -58,26 +59,21 @@ def run(workloads: Sequence[Workload], arguments: argparse.Namespace) -> None:
     print(environment.title)
     probe = BandwidthProbe(4 if arguments.quick else 256)
     plan = timing.QUICK if arguments.quick else timing.Plan(seconds=arguments.seconds)
-    print("\n" + report.line(report.HEADINGS))
+    print("\n" + line(report.HEADINGS, report.WIDTHS))
     rows = []
     for workload in workloads:
         row = measure(workload, plan, probe)
-        print(report.line(report.cells(row)), flush=True)
+        print(line(report.cells(row), report.WIDTHS), flush=True)
         rows.append(row)
     print(f"\nmemory bandwidth {max(row.memory_bandwidth for row in rows) / 1e9:.1f} GB/s")
     print(report.summary(rows))
     if arguments.save:
-        RESULTS.mkdir(exist_ok=True)
-        stem = f"mini_batches_{environment.file_stem}"
-        arguments.csv = arguments.csv or RESULTS / f"{stem}.csv"
-        arguments.json = arguments.json or RESULTS / f"{stem}.json"
+        choose_result_files(arguments, f"mini_batches_{environment.file_stem}")
     if arguments.csv:
         report.write_csv(rows, arguments.csv)
     if arguments.json:
-        report.write_json(environment, rows, arguments.json)
-    for path in (arguments.csv, arguments.json):
-        if path:
-            print(f"written: {path}")
+        write_rows(environment, rows, arguments.json)
+    say_written(arguments.csv, arguments.json)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from environment import Environment
+from result_files import csv_text, read_rows
 
 MILLI = 1e3
 
@@ -96,9 +96,9 @@ def cells(row: Row) -> tuple[str, ...]:
 WIDTHS = (58, 10, 12, 7, 7, 8, 15, 0)
 
 
-def line(values: Sequence[str]) -> str:
+def line(values: Sequence[str], widths: Sequence[int] = WIDTHS) -> str:
     """One line of the running table: a row is printed when it is measured, not at the end."""
-    first, *rest = zip(values, WIDTHS, strict=True)
+    first, *rest = zip(values, widths, strict=True)
     text = first[0].ljust(first[1]) + "".join(v.rjust(w) for v, w in rest[:-1])
     return f"{text}  {rest[-1][0]}".rstrip()
 
@@ -124,26 +124,14 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
         writer.writerow([*fields, *(f"{name}_seconds" for name in others)])
         for row in rows:
             values = asdict(row) | {"verdict": row.verdict}
-            texts = [_csv_text(values[field]) for field in fields]
-            writer.writerow([*texts, *(_csv_text(row.others.get(name)) for name in others)])
-
-
-def _csv_text(value: object) -> str:
-    if value is None:
-        return ""
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def write_json(environment: Environment, rows: Sequence[Row], path: Path) -> None:
-    """What read_json reads back."""
-    content = {"environment": environment.to_json(), "rows": [asdict(row) for row in rows]}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+            texts = [csv_text(values[field]) for field in fields]
+            writer.writerow([*texts, *(csv_text(row.others.get(name)) for name in others)])
 
 
 def read_json(path: Path) -> tuple[Environment, list[Row]]:
-    """Environment and rows of a file that write_json wrote."""
-    content = json.loads(path.read_text())
-    return Environment.from_json(content["environment"]), [Row(**row) for row in content["rows"]]
+    """Environment and rows of a file that result_files.write_rows wrote."""
+    environment, rows = read_rows(path)
+    return environment, [Row(**row) for row in rows]
 
 
 def draw(environment: Environment, rows: Sequence[Row], path: Path) -> None:

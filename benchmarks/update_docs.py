@@ -21,9 +21,9 @@ import accuracy_report
 import report
 from environment import Environment
 from report import Row, time_text
+from result_files import RESULTS
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = Path(__file__).resolve().parent / "results"
 DOCUMENTS = ("README.md", "docs/performance.md", "docs/numerics.md")
 
 _NOTHING_YET = (
