@@ -21,30 +21,8 @@ class CudaAttentionBackward : public CudaAttentionTest {
   }
 };
 
-/// Aligned rows and no mask: the kernels without options, and those of each width with them.
 CaseList tensor_core_cases() {
-  CaseList cases;
-  for (const ScalarType dtype : {ScalarType::kBFloat16, ScalarType::kFloat16}) {
-    for (const std::int64_t head_dim : {64, 128, 256, 40}) {
-      for (const auto& [q_len, kv_len] : {std::pair{64, 64}, {130, 200}, {193, 129}}) {
-        AttentionCase spec{.dtype = dtype,
-                           .query_heads = 2,
-                           .kv_heads = 1,
-                           .q_len = q_len,
-                           .kv_len = kv_len,
-                           .head_dim = head_dim};
-        if (head_dim == 40) spec.value_dim = 72;
-        cases.push_back(spec);
-        spec.is_causal = true;
-        spec.causal_offset = kv_len - q_len;
-        spec.has_grad_logsumexp = true;
-        cases.push_back(spec);
-        spec.dropout = 0.3;
-        if (q_len == 130) cases.push_back(spec);
-      }
-    }
-  }
-  return numbered(cases);
+  return aligned_cases({ScalarType::kBFloat16, ScalarType::kFloat16}, {64, 128, 256, 40});
 }
 
 TEST_P(CudaAttentionBackward, TensorCoreTiles) {

@@ -186,6 +186,29 @@ char* FiberBlock::shared_place(std::uint32_t offset, std::size_t size, std::size
   return reinterpret_cast<char*>(shared_.data()) + offset;
 }
 
+namespace {
+
+/// left x right, added to the accumulators `d` of each lane's Slot.
+template <typename Slot, int kDepth>
+void add_product(const float (&left)[16][kDepth], const float (&right)[kDepth][8],
+                 void* const* slots) {
+  float product[16][8] = {};
+  for (int row = 0; row < 16; ++row) {
+    for (int k = 0; k < kDepth; ++k) {
+      for (int col = 0; col < 8; ++col) product[row][col] += left[row][k] * right[k][col];
+    }
+  }
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const auto& own = *static_cast<Slot*>(slots[lane]);
+    for (int e = 0; e < 4; ++e) {
+      const cuda::FragmentPlace at = cuda::accumulator_place(lane, e);
+      own.d[e] += product[at.row][at.col];
+    }
+  }
+}
+
+}  // namespace
+
 void FiberBlock::multiply_fragments(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
                                     std::uint32_t b1, const float* decode) {
   struct Slot {
@@ -208,19 +231,7 @@ void FiberBlock::multiply_fragments(float (&d)[4], const std::uint32_t (&a)[4], 
         right[at.row][at.col] = own.decode[own.b[v / 2] >> (v % 2 * 16) & 0xFFFF];
       }
     }
-    float product[16][8] = {};
-    for (int row = 0; row < 16; ++row) {
-      for (int k = 0; k < 16; ++k) {
-        for (int col = 0; col < 8; ++col) product[row][col] += left[row][k] * right[k][col];
-      }
-    }
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const auto& own = *static_cast<Slot*>(slots[lane]);
-      for (int e = 0; e < 4; ++e) {
-        const cuda::FragmentPlace at = cuda::accumulator_place(lane, e);
-        own.d[e] += product[at.row][at.col];
-      }
-    }
+    add_product<Slot>(left, right, slots);
   });
 }
 
@@ -258,19 +269,7 @@ void FiberBlock::multiply_tf32_fragments(float (&d)[4], const std::uint32_t (&a)
         right[at.row][at.col] = rounded_to_tf32(own.b[v]);
       }
     }
-    float product[16][8] = {};
-    for (int row = 0; row < 16; ++row) {
-      for (int k = 0; k < 8; ++k) {
-        for (int col = 0; col < 8; ++col) product[row][col] += left[row][k] * right[k][col];
-      }
-    }
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const auto& own = *static_cast<Slot*>(slots[lane]);
-      for (int e = 0; e < 4; ++e) {
-        const cuda::FragmentPlace at = cuda::accumulator_place(lane, e);
-        own.d[e] += product[at.row][at.col];
-      }
-    }
+    add_product<Slot>(left, right, slots);
   });
 }
 
