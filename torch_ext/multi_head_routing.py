@@ -90,6 +90,29 @@ def _takes_masks(
     return True
 
 
+def _hint_is_decided(
+    module: nn.MultiheadAttention,
+    query: Tensor,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+) -> bool:
+    """Whether it is known what stock makes of `is_causal=True`, the hint that attn_mask is causal.
+
+    Its path for training believes the hint where there is no padding, and takes attn_mask at its
+    word otherwise. Its inference fast path never looks at the hint. Where the fast path is
+    possible, stock decides.
+    """
+    if attn_mask is None:
+        return False  # an error, or, in the fast path, no mask
+    if key_padding_mask is not None or module.training or attn_mask.dtype != torch.bool:
+        return True
+    return torch.is_grad_enabled() and (
+        query.requires_grad
+        or module.in_proj_weight.requires_grad
+        or module.out_proj.weight.requires_grad
+    )
+
+
 def _takes(
     module: nn.MultiheadAttention,
     query: Tensor,
@@ -108,8 +131,8 @@ def _takes(
         return False
     if query.dtype not in _DTYPES or query.size(-1) != module.embed_dim:
         return False
-    if is_causal and attn_mask is None:
-        return False  # torch refuses the hint without the mask
+    if is_causal and not _hint_is_decided(module, query, key_padding_mask, attn_mask):
+        return False
     return (
         _takes_module(module, query)
         and _takes_masks(module, query, key_padding_mask, attn_mask)
@@ -149,8 +172,9 @@ def _self_attention(
     batched = query.dim() == 3
     source = query if batched else query.unsqueeze(0)
     batch, length = source.size(0), source.size(1)
+    # As in F.multi_head_attention_forward: beside padding attn_mask counts, not the hint.
+    is_causal = is_causal and key_padding_mask is None
     if is_causal:
-        # The hint says that attn_mask is the causal mask.
         attn_mask = None
     elif attn_mask is not None:
         if attn_mask.dtype == torch.bool:
@@ -165,11 +189,6 @@ def _self_attention(
             key_padding_mask = _as_boolean_padding(additive)
             if key_padding_mask is None:
                 bias = additive.view(batch, 1, 1, length)
-                if is_causal:
-                    # An additive mask and is_causal do not go together: causal as a mask.
-                    is_causal = False
-                    ahead = torch.ones(length, length, dtype=torch.bool, device=bias.device)
-                    bias = bias.masked_fill(ahead.triu(1), float("-inf"))
                 attn_mask = bias if attn_mask is None else attn_mask + bias
     out = torch.ops.torch_ext.self_attention(
         source,
