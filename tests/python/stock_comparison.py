@@ -1,4 +1,4 @@
-"""Runs something twice from one seed, stock and with the drop-in on, and compares all it gives."""
+"""Runs something from one seed, stock, with the drop-in on and in float64, and compares them."""
 
 from __future__ import annotations
 
@@ -6,16 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from rounding_bounds import assert_no_further, in_float64
 from torch import Tensor, nn
 
 import torch_ext
-
-TOLERANCE = {
-    torch.float32: 2e-5,
-    torch.float64: 1e-10,
-    torch.bfloat16: 3e-2,
-    torch.float16: 5e-3,
-}
 
 
 def ran_fused() -> bool:
@@ -23,9 +17,15 @@ def ran_fused() -> bool:
 
 
 def outputs_and_gradients(
-    module: nn.Module, call: Callable[[], Any], inputs: tuple[Tensor, ...] = ()
+    module: nn.Module,
+    call: Callable[[], Any],
+    inputs: tuple[Tensor, ...] = (),
+    grad_dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """What the call gives, and the gradients of its first output in parameters and inputs."""
+    """What the call gives, and the gradients of its first output in parameters and inputs.
+
+    grad_dtype: what the output's gradient is rounded to; None: the output's dtype.
+    """
     module.zero_grad(set_to_none=True)
     for tensor in inputs:
         tensor.grad = None
@@ -36,7 +36,8 @@ def outputs_and_gradients(
     first = found["output 0"]
     if first.requires_grad:
         torch.manual_seed(8)
-        first.backward(torch.randn(first.shape, dtype=first.dtype))  # whatever its strides
+        grad = torch.randn(first.shape).to(grad_dtype or first.dtype)  # whatever its strides
+        first.backward(grad.to(first.dtype))
         for name, parameter in module.named_parameters():
             if parameter.grad is not None:
                 found[f"gradient of {name}"] = parameter.grad
@@ -46,35 +47,35 @@ def outputs_and_gradients(
     return {name: tensor.detach().clone() for name, tensor in found.items()}
 
 
-def assert_same(ours: dict[str, Tensor], stock: dict[str, Tensor], tolerance: float) -> None:
-    assert ours.keys() == stock.keys()
-    for name, expected in stock.items():
-        assert ours[name].shape == expected.shape, name
-        # Gradients of whole layers are sums: measured against their largest entry.
-        scale = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
-        torch.testing.assert_close(
-            ours[name],
-            expected,
-            atol=tolerance * scale,
-            rtol=tolerance,
-            msg=lambda text, name=name: f"{name}: {text}",
-        )
+def exact_outputs_and_gradients(
+    module: nn.Module,
+    call: Callable[[], Any],
+    inputs: tuple[Tensor, ...],
+    stock: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    """The same computed in float64 from the same numbers."""
+
+    def exact() -> Any:
+        with in_float64():
+            return call()
+
+    return outputs_and_gradients(module, exact, inputs, stock["output 0"].dtype)
 
 
 def compare_with_stock(
     module: nn.Module,
     call: Callable[[], Any],
     inputs: tuple[Tensor, ...] = (),
-    tolerance: float | None = None,
     fused: bool = True,
 ) -> None:
-    """With the drop-in on the call has to give the same, gradients too; fused: in our kernels."""
-    if tolerance is None:
-        dtype = next(module.parameters()).dtype
-        tolerance = TOLERANCE[dtype]
+    """With the drop-in on the call gives the same, gradients too, as near to float64 as stock.
+
+    fused: in our kernels.
+    """
     stock = outputs_and_gradients(module, call, inputs)
+    exact = exact_outputs_and_gradients(module, call, inputs, stock)
     with torch_ext.enabled():
         ours = outputs_and_gradients(module, call, inputs)
         if fused:
             assert ran_fused(), torch_ext.last_attention_path()
-    assert_same(ours, stock, tolerance)
+    assert_no_further(ours, stock, exact)
