@@ -7,6 +7,7 @@ __version__: str = loaded.build_info["version"]
 cmake_prefix_path: str = str(PACKAGE / "share" / "cmake")
 """For ``-DCMAKE_PREFIX_PATH=``: where an installed package has the files of ``find_package``."""
 
+from torch_ext import flop_formulas
 from torch_ext.attention import (
     attention_forward,
     last_attention_path,
@@ -31,3 +32,5 @@ __all__ = [
     "scaled_dot_product_attention",
     "self_attention",
 ]
+
+flop_formulas.install()

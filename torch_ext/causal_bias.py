@@ -7,16 +7,15 @@ causal offset.
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from torch_ext.import_hooks import WhenImported
 from torch_ext.torch_backends import kernels_exist_for, torch_backend_chosen
 
 if TYPE_CHECKING:
@@ -149,19 +148,14 @@ def install() -> None:
     """Sends F.scaled_dot_product_attention under a lower-right bias to `attention`."""
     global _installed
     _installed = True
-    module = sys.modules.get(_BIAS_MODULE)
-    if module is not None and hasattr(module, "CausalBias"):
-        _install_in(module)
-    elif _when_imported not in sys.meta_path:
-        sys.meta_path.insert(0, _when_imported)
+    _when_imported.wait()
 
 
 def remove() -> None:
     """Gives the dispatch of CausalBias back to torch."""
     global _installed
     _installed = False
-    if _when_imported in sys.meta_path:
-        sys.meta_path.remove(_when_imported)
+    _when_imported.stop()
     module = sys.modules.get(_BIAS_MODULE)
     if (
         module is not None
@@ -179,37 +173,9 @@ def _install_in(module: ModuleType) -> None:
         module.CausalBias._dispatch = staticmethod(_dispatch)
 
 
-class _Loader(importlib.abc.Loader):
-    """The module's own loader, followed by `_install_in`."""
-
-    def __init__(self, loader: importlib.abc.Loader) -> None:
-        self._loader = loader
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self._loader.exec_module(module)
-        if module.__spec__ is not None:
-            module.__spec__.loader = module.__loader__ = self._loader
-        if _installed:
-            _install_in(module)
+def _imported(module: ModuleType) -> None:
+    if _installed:
+        _install_in(module)
 
 
-class _WhenImported(importlib.abc.MetaPathFinder):
-    """Stands in sys.meta_path while the drop-in is on and the module is not imported yet."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != _BIAS_MODULE:
-            return None
-        if self in sys.meta_path:
-            sys.meta_path.remove(self)
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
-        return spec
-
-
-_when_imported = _WhenImported()
+_when_imported = WhenImported(_BIAS_MODULE, "CausalBias", _imported)
