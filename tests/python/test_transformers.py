@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import subprocess
-import sys
-import types
 
 import pytest
 import torch
@@ -275,17 +272,6 @@ def test_soft_capping_is_refused_as_by_sdpa_and_works_without():
     assert_no_further(found["torch_ext"], found["eager"], exact)
 
 
-def test_attention_sinks_are_refused():
-    config = transformers.GptOssConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_local_experts=2,
-        num_experts_per_tok=1, pad_token_id=0,
-    )  # fmt: skip
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="torch_ext")
-    with pytest.raises(ValueError, match="takes no `s_aux`"):
-        model(tokens())
-
-
 @pytest.mark.parametrize("kept", [0, 1, 3])
 @pytest.mark.parametrize("static", [False, True])
 def test_gemma_4_drops_queries_whose_logits_nobody_wants(kept, static):
@@ -308,37 +294,3 @@ def test_gemma_4_drops_queries_whose_logits_nobody_wants(kept, static):
         with torch.no_grad():
             logits[implementation] = model(tokens(), logits_to_keep=kept, **options).logits
     assert_same_but_for_rounding(logits["torch_ext"], logits["sdpa"])
-
-
-def test_registering_twice_is_harmless_and_changes_nothing_else():
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
-    before = dict(transformers.AttentionInterface._global_mapping)
-    masks = dict(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping)
-    torch_ext_hf.register()
-    assert dict(transformers.AttentionInterface._global_mapping) == before
-    assert dict(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping) == masks
-    assert before["torch_ext"] is torch_ext_hf.attention_forward
-
-
-def test_a_missing_or_old_transformers_is_named(monkeypatch):
-    program = """
-import sys
-sys.modules["transformers"] = None
-from torch_ext.integrations import transformers
-try:
-    transformers.register()
-except ImportError as error:
-    print(error)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
-    assert "takes transformers 4.53 or newer, got none" in done.stdout
-
-    old = types.ModuleType("transformers")
-    old.__version__ = "4.40.0"
-    monkeypatch.setitem(sys.modules, "transformers", old)
-    monkeypatch.setitem(sys.modules, "transformers.masking_utils", None)
-    with pytest.raises(ImportError, match=r"takes transformers 4\.53 or newer, got 4\.40\.0"):
-        torch_ext_hf.register()
