@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rounding_bounds import assert_same_but_for_rounding
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -100,12 +101,29 @@ def twins(
 
 
 def assert_same_parameters(
-    model: nn.Module, expected: nn.Module, atol: float = 3e-6, rtol: float = 1e-5
+    model: nn.Module,
+    expected: nn.Module,
+    dtype: torch.dtype | None = None,
+    exactly: bool = False,
 ) -> None:
-    """By name; atol 0 and rtol 0: bit by bit."""
-    for (name, actual), reference in zip(
-        model.named_parameters(), expected.parameters(), strict=True
-    ):
-        torch.testing.assert_close(
-            actual, reference, atol=atol, rtol=rtol, msg=lambda text, name=name: f"{name}: {text}"
-        )
+    """But for rounding, the coarsest to dtype (the parameters'); exactly: bit by bit."""
+    actual, reference = list(model.parameters()), list(expected.parameters())
+    if exactly:
+        assert all(torch.equal(a, b) for a, b in zip(actual, reference, strict=True))
+    else:
+        assert_same_but_for_rounding(actual, reference, dtype)
+
+
+def snapshot(model: nn.Module) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def assert_same_change(
+    model: nn.Module, expected: nn.Module, start: Sequence[Tensor], dtype: torch.dtype
+) -> None:
+    """What both models have learnt since start, rounded to dtype on the way."""
+    changes = [
+        [now.detach().double() - before for now, before in zip(m.parameters(), start, strict=True)]
+        for m in (model, expected)
+    ]
+    assert_same_but_for_rounding(*changes, dtype)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from attention_reference import attention
+from rounding_bounds import assert_same_but_for_rounding
 from torch import Tensor
 from torch.func import grad, jacrev, jvp, vjp, vmap
 
@@ -48,7 +49,7 @@ def test_vmap_every_combination(in_dims: tuple[int | None, ...], rank: int) -> N
     shapes = [(*lead, 5, 8), (*lead, 7, 8), (*lead, 7, 6), (5, 7)]
     inputs = [_mapped(s, d, torch.float32) for s, d in zip(shapes, in_dims, strict=True)]
     out = vmap(sdpa, in_dims=in_dims)(*inputs)
-    torch.testing.assert_close(out, _loop(sdpa, in_dims, inputs, 3), rtol=1e-5, atol=1e-6)
+    assert_same_but_for_rounding(out, _loop(sdpa, in_dims, inputs, 3))
 
 
 @pytest.mark.parametrize("in_dims", [(1, 0, 2, None), (-1, None, 1, 0), (2, 3, -1, 1)], ids=str)
@@ -59,7 +60,7 @@ def test_vmap_other_dims(mask_shape: tuple[int, ...], in_dims: tuple[int | None,
         in_dims = (*in_dims[:3], 0)
     inputs = [_mapped(s, d, torch.float32) for s, d in zip(shapes, in_dims, strict=True)]
     out = vmap(sdpa, in_dims=in_dims)(*inputs)
-    torch.testing.assert_close(out, _loop(sdpa, in_dims, inputs, 3), rtol=1e-5, atol=1e-6)
+    assert_same_but_for_rounding(out, _loop(sdpa, in_dims, inputs, 3))
 
 
 @pytest.mark.parametrize("mask_dim", [None, 0])
@@ -69,7 +70,7 @@ def test_vmap_boolean_mask(mask_dim: int | None) -> None:
     in_dims = (0, 0, 0, mask_dim)
     out = vmap(sdpa, in_dims=in_dims)(query, key, value, mask)
     expected = _loop(sdpa, in_dims, [query, key, value, mask], 3)
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    assert_same_but_for_rounding(out, expected)
 
 
 def test_vmap_options() -> None:
@@ -84,7 +85,7 @@ def test_vmap_options() -> None:
 
     out = vmap(function, in_dims=(0, 0, None))(query, key, value)
     expected = _loop(function, (0, 0, None), [query, key, value], 3)
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    assert_same_but_for_rounding(out, expected)
 
 
 def test_vmap_forward_with_logsumexp_and_padding() -> None:
@@ -101,16 +102,16 @@ def test_vmap_forward_with_logsumexp_and_padding() -> None:
             for t, d in zip((query, key, value, padding), in_dims, strict=True)
         ]
         out = vmap(function, in_dims=in_dims)(*inputs)
-        torch.testing.assert_close(out, _loop(function, in_dims, inputs, 3), rtol=1e-5, atol=1e-6)
+        assert_same_but_for_rounding(out, _loop(function, in_dims, inputs, 3))
 
 
 def test_vmap_out_dims_and_chunks() -> None:
     query = torch.randn(4, 2, 5, 8)
     out = vmap(lambda q: sdpa(q, q, q), out_dims=2)(query)
     expected = torch.stack([sdpa(q, q, q) for q in query], 2)
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    assert_same_but_for_rounding(out, expected)
     chunked = vmap(lambda q: sdpa(q, q, q), chunk_size=3)(query)
-    torch.testing.assert_close(chunked, expected.movedim(2, 0), rtol=1e-5, atol=1e-6)
+    assert_same_but_for_rounding(chunked, expected.movedim(2, 0))
 
 
 def test_nested_vmap() -> None:
@@ -119,7 +120,7 @@ def test_nested_vmap() -> None:
     expected = torch.stack(
         [torch.stack([sdpa(q, k, k) for q, k in zip(qs, key, strict=True)]) for qs in query]
     )
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    assert_same_but_for_rounding(out, expected)
 
 
 def test_vmap_self_attention() -> None:
@@ -133,7 +134,7 @@ def test_vmap_self_attention() -> None:
         inputs = [s if d == 0 else t for s, t, d in zip(stacked, arguments, in_dims, strict=True)]
         out = vmap(function, in_dims=in_dims)(*inputs)
         expected = _loop(function, in_dims, inputs, 3)
-        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+        assert_same_but_for_rounding(out, expected)
 
 
 def test_vmap_dropout_randomness() -> None:
@@ -165,7 +166,7 @@ def test_grad() -> None:
     actual = grad(loss(sdpa), argnums)(query, key, value, mask)
     expected = grad(loss(lambda *i: attention(*i)[0]), argnums)(query, key, value, mask)
     for mine, exact in zip(actual, expected, strict=True):
-        torch.testing.assert_close(mine, exact, rtol=1e-11, atol=1e-12)
+        assert_same_but_for_rounding(mine, exact)
 
 
 def test_grad_of_grad() -> None:
@@ -175,9 +176,7 @@ def test_grad_of_grad() -> None:
         first = grad(lambda q: function(q, key, key).sin().sum())
         return grad(lambda q: first(q).cos().sum())(query)
 
-    torch.testing.assert_close(
-        twice(sdpa), twice(lambda *i: attention(*i)[0]), rtol=1e-10, atol=1e-11
-    )
+    assert_same_but_for_rounding(twice(sdpa), twice(lambda *i: attention(*i)[0]))
 
 
 def test_per_sample_gradients() -> None:
@@ -191,7 +190,7 @@ def test_per_sample_gradients() -> None:
     for index in range(4):
         expected = grad(loss, (0, 1))(query[index], mask)
         for mine, exact in zip(actual, expected, strict=True):
-            torch.testing.assert_close(mine[index], exact, rtol=1e-4, atol=1e-5)
+            assert_same_but_for_rounding(mine[index], exact)
 
 
 def test_gradient_through_vmap() -> None:
@@ -204,7 +203,7 @@ def test_gradient_through_vmap() -> None:
         torch.autograd.grad(plain.sin().sum(), (query, key)),
         strict=True,
     ):
-        torch.testing.assert_close(mine, exact, rtol=1e-4, atol=1e-5)
+        assert_same_but_for_rounding(mine, exact)
 
 
 def test_jacrev() -> None:
@@ -215,7 +214,7 @@ def test_jacrev() -> None:
     actual = jacrev(sdpa, (0, 1, 2))(query, key, key)
     expected = jacrev(lambda *i: attention(*i)[0], (0, 1, 2))(query, key, key)
     for mine, exact in zip(actual, expected, strict=True):
-        torch.testing.assert_close(mine, exact, rtol=1e-11, atol=1e-12)
+        assert_same_but_for_rounding(mine, exact)
 
 
 def test_jacrev_of_jacrev() -> None:
@@ -224,9 +223,7 @@ def test_jacrev_of_jacrev() -> None:
     def hessian(function: Callable[..., Tensor]) -> Tensor:
         return jacrev(jacrev(lambda q: function(q, key, key).sin().sum()))(query)
 
-    torch.testing.assert_close(
-        hessian(sdpa), hessian(lambda *i: attention(*i)[0]), rtol=1e-10, atol=1e-11
-    )
+    assert_same_but_for_rounding(hessian(sdpa), hessian(lambda *i: attention(*i)[0]))
 
 
 def test_vjp() -> None:
@@ -262,4 +259,4 @@ def test_functional_call_of_module() -> None:
     for index in range(4):
         expected = grad(loss)(parameters, samples[index])
         for name in parameters:
-            torch.testing.assert_close(actual[name][index], expected[name], rtol=1e-4, atol=1e-4)
+            assert_same_but_for_rounding(actual[name][index], expected[name])

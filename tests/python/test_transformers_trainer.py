@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from rounding_bounds import assert_same_but_for_rounding
 from torch import Tensor
 
 from torch_ext.integrations import transformers as torch_ext_hf
@@ -82,11 +83,12 @@ def _logged(trainer: transformers.Trainer, name: str) -> list[float]:
 
 
 def _assert_same(ours: transformers.Trainer, stock: transformers.Trainer) -> None:
-    assert _logged(ours, "loss") == pytest.approx(_logged(stock, "loss"), rel=1e-4)
-    assert _logged(ours, "grad_norm") == pytest.approx(_logged(stock, "grad_norm"), rel=1e-4)
+    for name in ("loss", "grad_norm"):
+        logged = (torch.tensor(_logged(trainer, name)) for trainer in (ours, stock))
+        assert_same_but_for_rounding(*logged)
     assert _logged(ours, "learning_rate") == _logged(stock, "learning_rate")
-    for actual, expected in zip(ours.model.parameters(), stock.model.parameters(), strict=True):
-        torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
+    parameters = (list(trainer.model.parameters()) for trainer in (ours, stock))
+    assert_same_but_for_rounding(*parameters)
 
 
 @pytest.mark.parametrize(
