@@ -4,6 +4,7 @@
 # make bench    attention against torch's own (benchmarks/)
 # make sanitize the torch-free tests under the address and undefined-behaviour sanitizers
 # make check-cuda  the CUDA kernels for every architecture, and what the compiler made of them
+# make check-families  every model type of transformers on "torch_ext" (docs/huggingface.md)
 # make lint     format and lint checks; `make format` applies what can be applied
 # make clean    removes what was built; the environment stays (make distclean removes it too)
 #
@@ -29,7 +30,7 @@ export PATH := $(BIN):$(PATH)
 MAX_JOBS ?= $(shell awk -v cores=$$(nproc) '/MemTotal/ { jobs = int($$2 / 1.6e6); print jobs < 1 ? 1 : jobs < cores ? jobs : cores }' /proc/meminfo)
 export MAX_JOBS
 
-.PHONY: all demo test sanitize check-cuda build bench lint format clean distclean environment
+.PHONY: all demo test sanitize check-cuda check-families build bench lint format clean distclean environment
 all: build
 
 environment: $(READY)
@@ -52,6 +53,9 @@ sanitize: $(READY)
 
 check-cuda: $(READY)
 	@BUILD=$(BUILD) scripts/check_cuda_build.sh
+
+check-families: build
+	@$(BIN)/python scripts/check_families.py --table docs/huggingface.md $(ARGS)
 
 bench: build
 	@$(BIN)/python benchmarks/bench_attention.py $(ARGS)

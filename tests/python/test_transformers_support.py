@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 import transformers
+from rounding_bounds import assert_same_but_for_rounding
 from transformers_models import VOCABULARY, decoder, padding, tokens
 
 import torch_ext
@@ -106,7 +107,7 @@ def test_set_after_construction_gives_the_same_logits():
         found = model(**inputs).logits
     assert torch_ext.last_attention_path().startswith("cpu.")
     seen = padding("left").bool()
-    torch.testing.assert_close(found[seen], expected[seen], atol=1e-4, rtol=1e-4)
+    assert_same_but_for_rounding(found[seen], expected[seen])
 
 
 class Layer(torch.nn.Module):
@@ -143,7 +144,7 @@ def test_layers_that_do_not_say_are_causal_in_decoders_alone(layer, kv_len, caus
     expected = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, is_causal=causal
     ).transpose(1, 2)
-    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    assert_same_but_for_rounding(out, expected)
 
 
 def test_cross_attention_of_mllama_sees_every_key():
@@ -163,7 +164,7 @@ def test_cross_attention_of_mllama_sees_every_key():
         generator = torch.Generator().manual_seed(1)
         hidden, states = (torch.randn(2, 6, 32, generator=generator) for _ in range(2))
         found[implementation] = layer(hidden, cross_attention_states=states)[0]
-    torch.testing.assert_close(found["torch_ext"], found["eager"], atol=1e-5, rtol=1e-5)
+    assert_same_but_for_rounding(found["torch_ext"], found["eager"])
 
 
 def test_attention_weights_are_missed_aloud_as_by_sdpa():
@@ -180,3 +181,27 @@ def test_attention_weights_are_missed_aloud_as_by_sdpa():
             logger.warning = original
     assert said
     assert "`torch_ext` attention does not support `output_attentions=True`" in said[0]
+
+
+def test_a_causal_mask_of_a_bidirectional_configuration_is_there():
+    """PaliGemma's layers take no mask for no masking; eager has the causal one (sdpa has not)."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    text = transformers.GemmaConfig(
+        vocab_size=VOCABULARY, num_attention_heads=4, num_key_value_heads=1, head_dim=8, **sizes
+    )
+    vision = transformers.SiglipVisionConfig(
+        num_attention_heads=4, image_size=16, patch_size=8, **sizes
+    )
+    config = transformers.PaliGemmaConfig(
+        text_config=text, vision_config=vision, projection_dim=32, image_token_index=96
+    )
+    torch.manual_seed(0)
+    model = transformers.PaliGemmaForConditionalGeneration._from_config(
+        config, attn_implementation="torch_ext"
+    ).eval()
+    assert not model.model.language_model.layers[0].self_attn.is_causal
+    ids = tokens(batch=1)
+    changed = ids.clone()
+    changed[0, -1] = (changed[0, -1] + 1) % 90
+    with torch.no_grad():
+        assert_same_but_for_rounding(model(changed).logits[:, :-1], model(ids).logits[:, :-1])
