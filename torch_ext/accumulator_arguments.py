@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from numbers import Real
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,8 @@ __all__ = [
     "check_independent_micro_batches",
     "check_max_norm",
     "check_optimizer",
+    "check_state",
+    "is_number",
     "named_parameters",
 ]
 
@@ -28,10 +32,15 @@ NAME = "torch_ext.GradientAccumulator"
 _DTYPE_CODES = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
 
 
+def is_number(value: Any) -> TypeGuard[float]:
+    """Python's and NumPy's numbers; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def check_max_norm(max_norm: float | None) -> float | None:
     if max_norm is None:
         return None
-    if not isinstance(max_norm, (int, float)) or isinstance(max_norm, bool):
+    if not is_number(max_norm):
         raise TypeError(f"{NAME}: max_norm takes a number > 0 or None, got {max_norm!r}")
     if not max_norm > 0.0:
         raise ValueError(f"{NAME}: max_norm takes a number > 0 or None, got {max_norm}")
@@ -97,6 +106,25 @@ def _and_more(items: list[str]) -> str:
     return f" and {len(items) - 1} more" if len(items) > 1 else ""
 
 
+def check_state(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Everything but the tensors themselves, which the core checks."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            f"{NAME}: load_state_dict() takes a dict of tensors, got {type(state_dict).__name__}"
+        )
+    for key, value in state_dict.items():
+        if not isinstance(key, str):
+            raise TypeError(
+                f"{NAME}: load_state_dict() takes names of entries, got {key!r}, "
+                f"of {type(key).__name__}"
+            )
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{NAME}: load_state_dict() '{key}' takes a tensor, got {type(value).__name__}"
+            )
+    return dict(state_dict)
+
+
 class MicroBatchWeight:
     """A checked micro-batch weight: a number, or a tensor on a device that is not waited for."""
 
@@ -115,7 +143,7 @@ class MicroBatchWeight:
                 self.tensor = weight.detach().reshape(()).to(device, torch.float64, copy=True)
                 return
             weight = weight.item()
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+        if not is_number(weight):
             raise TypeError(
                 f"{NAME}: weight takes a number >= 0 or a tensor of one element, got "
                 f"{type(weight).__name__}"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from torch_ext._C import InterruptibleScope, run_then_clean_up
 from torch_ext.accumulating_layers import AccumulatingLayers
 from torch_ext.accumulator_arguments import (
     NAME,
@@ -18,6 +19,7 @@ from torch_ext.accumulator_arguments import (
     check_independent_micro_batches,
     check_max_norm,
     check_optimizer,
+    check_state,
     named_parameters,
 )
 from torch_ext.gradient_reduction import Reduction, reduction_of
@@ -26,13 +28,17 @@ from torch_ext.optimizer_steps import OptimizerStep, keep_float32_moments, local
 __all__ = ["GradientAccumulator", "MicroBatch"]
 
 
-class MicroBatch:
+# One for each time that a micro-batch is entered.
+_tickets = itertools.count(1)
+
+
+class MicroBatch(InterruptibleScope):
     """The context of one micro-batch, from :meth:`GradientAccumulator.micro_batch`."""
 
-    __slots__ = ("_accumulator", "_checked", "_weight")
-
     def __init__(self, accumulator: GradientAccumulator, weight: float | Tensor) -> None:
+        super().__init__()
         self._accumulator = accumulator
+        self._ticket = 0
         self.weight = weight
 
     @property
@@ -45,17 +51,18 @@ class MicroBatch:
         self._checked = MicroBatchWeight(weight, self._accumulator.device)
         self._weight = weight
 
-    def __enter__(self) -> MicroBatch:
-        self._accumulator._open()
-        return self
+    def _enter(self) -> None:
+        self._ticket = next(_tickets)
+        self._accumulator._open(self._ticket)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._accumulator._close(self._checked if kind is None else None)
+    def _exit(self, failed: bool) -> None:
+        if failed:
+            self._restore()
+        else:
+            self._accumulator._close(self._checked)
+
+    def _restore(self) -> None:
+        self._accumulator._abandon(self._ticket)
 
 
 class GradientAccumulator:
@@ -101,7 +108,9 @@ class GradientAccumulator:
         check_optimizer(optimizer, parameters)
         self._model = model
         self._optimizer = optimizer
+        self._dtype = dtype
         self._dtype_code = code
+        self._fuse_linear = fuse_linear
         self._names = list(parameters)
         self._params: list[Tensor] = list(parameters.values())
         self._reduction: Reduction = reduction_of(model, self._params, self._names)
@@ -196,32 +205,31 @@ class GradientAccumulator:
         if self._prepared is not None:
             raise RuntimeError(f"{NAME}: a micro-batch after prepare_step(): call step() first")
 
-    def _open(self) -> None:
-        self._check_not_prepared()
-        self._core.open()
-        try:
-            self._reduction.enter_micro_batch()
-            if self._layers is not None:
-                self._layers.arm()
-        except BaseException:
-            self._close(None)
-            raise
+    # A micro-batch is the core's between the first line of _open() and the last of _close() or of
+    # _abandon(): wherever Ctrl-C comes in between, _abandon() finds something to take back.
 
-    def _close(self, weight: MicroBatchWeight | None) -> None:
-        """None: the micro-batch has failed."""
+    def _open(self, ticket: int) -> None:
+        self._check_not_prepared()
+        self._core.open(ticket)
+        self._reduction.enter_micro_batch()
+        if self._layers is not None:
+            self._layers.arm()
+
+    def _close(self, weight: MicroBatchWeight) -> None:
+        self._reduction.collect(self._core)
+        self._leave()
+        self._core.close(weight.number, weight.tensor)
+
+    def _abandon(self, ticket: int) -> None:
+        """Takes the micro-batch with this ticket back; may be called again, at any time."""
+        if self._core.is_open_with(ticket):
+            self._leave()
+            self._core.abort_with(ticket)
+
+    def _leave(self) -> None:
         if self._layers is not None:
             self._layers.disarm()
-        try:
-            if weight is None:
-                self._core.abort()
-                return
-            self._reduction.collect(self._core)
-        except BaseException:
-            self._core.abort()
-            raise
-        finally:
-            self._reduction.leave_micro_batch()
-        self._core.close(weight.number, weight.tensor)
+        self._reduction.leave_micro_batch()
 
     def step(self, scaler: Any = None) -> Tensor:
         """Normalises, clips, steps the optimizer, and starts a new window.
@@ -244,10 +252,8 @@ class GradientAccumulator:
         norm, coefficient, found_inf = self._prepared
         if _is_on(scaler):
             _record(scaler, self._optimizer, found_inf)
-        try:
-            self._step(coefficient, found_inf)
-        finally:
-            self.reset()
+        # Ctrl-C: the window is whole before the update begins, and empty after it has begun.
+        run_then_clean_up(lambda: self._step(coefficient, found_inf), self.reset)
         return norm
 
     def prepare_step(self, scaler: Any = None) -> Tensor:
@@ -258,14 +264,20 @@ class GradientAccumulator:
         if self._prepared is None:
             self._core.check_steppable(self._reduction.is_alone)
             self._prepared = self._reduction.prepare_step(
-                self._core, _inverse_scale(scaler), self._max_norm
+                self._core, self._inverse_scale(scaler), self._max_norm
             )
         return self._prepared[0]
 
+    def _inverse_scale(self, scaler: Any) -> Tensor | None:
+        """What the gradient is multiplied by, beside the inverse of the window's weight."""
+        return _inverse_scale(scaler)
+
     def reset(self) -> None:
-        """Drops what the window holds."""
-        self._prepared = None
+        """Drops what the window holds, and a micro-batch that is open."""
+        if self._core.is_open():
+            self._leave()
         self._core.reset()
+        self._prepared = None
 
     def state_dict(self) -> dict[str, Tensor]:
         """The window, half full or empty, and the master weights: a flat dict of tensors.
@@ -276,9 +288,43 @@ class GradientAccumulator:
         return dict(self._core.state())
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Takes what :meth:`state_dict` gave for the same model, in any order with its own."""
+        """Takes what :meth:`state_dict` gave for the same model, in any order with its own.
+
+        Raises:
+            TypeError, RuntimeError: naming the entry that is wrong; the window stays as it was.
+        """
+        self._core.load_state(check_state(state_dict))
         self._prepared = None
-        self._core.load_state(dict(state_dict))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled together with the model and the optimizer, its window included."""
+        if self._core.is_open():
+            raise RuntimeError(f"{NAME}: copied or pickled inside a micro_batch(): end it first")
+        options = {
+            "dtype": self._dtype,
+            "max_norm": self._max_norm,
+            "fuse_linear": self._fuse_linear,
+        }
+        window = self.state_dict()
+        return _rebuilt, (type(self), self._model, self._optimizer, options, window)
+
+
+def _rebuilt(
+    kind: type[GradientAccumulator],
+    model: nn.Module,
+    optimizer: Optimizer,
+    options: dict[str, Any],
+    window: dict[str, Tensor],
+) -> GradientAccumulator:
+    if "_parameters" not in vars(model):
+        raise RuntimeError(
+            f"{NAME}: an accumulator that its own model holds cannot be copied or pickled with it: "
+            "the copy of the model is not whole when the accumulator's is made. Keep it outside of "
+            "the model"
+        )
+    accumulator = kind(model, optimizer, **options)
+    accumulator.load_state_dict(window)
+    return accumulator
 
 
 def _is_on(scaler: Any) -> bool:

@@ -8,7 +8,6 @@ the step needs the other processes for norm and weight alone.
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from typing import Any
 
@@ -73,7 +72,7 @@ class Reduction:
         pass
 
     def leave_micro_batch(self) -> None:
-        pass
+        """Takes enter_micro_batch() back, whole or in part; else, and a second time, nothing."""
 
     def check_parallel(self, name: str) -> None:
         """Refuses, for the function ``name``, what cannot run micro-batches side by side."""
@@ -103,16 +102,17 @@ class DataParallelReduction(Reduction):
         self._ddp = ddp
         self._count = count
         self._group = ddp.process_group
-        self._no_sync: contextlib.ExitStack | None = None
+        self._synchronised: bool | None = None
 
     def enter_micro_batch(self) -> None:
-        self._no_sync = contextlib.ExitStack()
-        self._no_sync.enter_context(self._ddp.no_sync())
+        # As no_sync() has it, in steps that leave_micro_batch() takes back wherever they end.
+        self._synchronised = self._ddp.require_backward_grad_sync
+        self._ddp.require_backward_grad_sync = False
 
     def leave_micro_batch(self) -> None:
-        if self._no_sync is not None:
-            self._no_sync.close()
-            self._no_sync = None
+        if self._synchronised is not None:
+            self._ddp.require_backward_grad_sync = self._synchronised
+            self._synchronised = None
 
     def prepare_step(
         self, core: Any, inverse_scale: Tensor | None, max_norm: float | None
@@ -141,6 +141,8 @@ class DataParallelReduction(Reduction):
                 f"{_NAME}: step() takes a window with gradients, got none on any process: call "
                 "backward() inside micro_batch()"
             )
+        # From here on some sums are all processes', some this one's own: good for this step alone.
+        core.declare_lost()
         core.zero_missing(written)
         _all_reduce(core.sums(written), self._group)
         # Each process has a first micro-batch, or none at all: their mean.

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import contextvars
 import os
+import queue
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from torch_ext._C import run_on_team
+from torch_ext._C import run_on_team, run_then_clean_up
 from torch_ext.micro_batch_gradients import NAME, Gradients, SeparateWindow
-from torch_ext.thread_generator import own_generator, turned_to_own_generators
-from torch_ext.worker_pool import shared_pool
+from torch_ext.thread_generator import OwnGenerator, TurnedToOwnGenerators
+from torch_ext.worker_pool import Running, shared_pool
 
 __all__ = ["run_on_workers"]
 
@@ -39,7 +40,11 @@ def run_on_workers(window: SeparateWindow, micro_batches: Iterator[Any], workers
 
 
 class _Run:
-    """One call: workers take micro-batches in turn, and add their results in order."""
+    """One call: workers take micro-batches in turn, and add their results in order.
+
+    The caller's thread may be a worker, and Ctrl-C raises there between any two steps. Locks and
+    queues are those of C, whose ``with`` and whose waiting cannot be cut in two.
+    """
 
     def __init__(self, window: SeparateWindow, micro_batches: Iterator[Any]) -> None:
         self._window = window
@@ -47,19 +52,23 @@ class _Run:
         self._caller = torch.classes.torch_ext.CallerState()
         self._context = contextvars.copy_context()
         self._seed = int(torch.randint(2**62, ()).item())
+        self._workers = 0
+        # An entry for each micro-batch that may be taken.
+        self._room: queue.SimpleQueue[None] = queue.SimpleQueue()
         # Guards all below.
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
         self._taken = 0
         self._added = 0
-        self._ahead = 0
         self._exhausted = False
         self._results: dict[int, Gradients] = {}
         self._errors: dict[int, BaseException] = {}
 
     def run(self, workers: int) -> None:
+        self._workers = workers
         # A worker that is far ahead waits: results that are not added yet take memory.
-        self._ahead = 2 * workers
-        with turned_to_own_generators():
+        for _ in range(2 * workers):
+            self._room.put(None)
+        with TurnedToOwnGenerators():
             is_lost = _team_was_lost and workers > 1
             if is_lost or not run_on_team(workers, self._work, self._stop):
                 self._run_on_pool(workers)
@@ -72,31 +81,32 @@ class _Run:
             raise error
 
     def _run_on_pool(self, workers: int) -> None:
-        running = None
-        try:
-            running = shared_pool().start(workers, self._work)
+        running = Running(workers, self._work)
+
+        def run() -> None:
+            shared_pool().start(running)
             running.wait()
-        except BaseException:  # Ctrl-C
+
+        def clean_up() -> None:
             self._stop()
-            if running is not None:
-                running.wait()
-            raise
+            running.close()
+
+        run_then_clean_up(run, clean_up)
 
     def _stop(self) -> None:
-        with self._changed:
+        with self._lock:
             self._exhausted = True
-            self._changed.notify_all()
+        for _ in range(self._workers):  # those who wait find out
+            self._room.put(None)
 
     def _fail(self, number: int, error: BaseException) -> None:
-        with self._changed:
+        with self._lock:
             self._errors[number] = error
-            self._stop()
+        self._stop()
 
     def _take(self) -> tuple[int, Any] | None:
-        with self._changed:
-            self._changed.wait_for(
-                lambda: self._exhausted or self._taken - self._added < self._ahead
-            )
+        self._room.get()
+        with self._lock:
             if self._exhausted:
                 return None
             number = self._taken
@@ -121,13 +131,13 @@ class _Run:
                 self._fail(number, error)
 
     def _compute(self, number: int, micro_batch: Any) -> Gradients:
-        with own_generator(self._caller, (self._seed + number) % 2**63):
+        with OwnGenerator(self._caller, (self._seed + number) % 2**63):
             return self._window.compute(micro_batch)
 
     def _add(self, number: int, gradients: Gradients) -> None:
-        with self._changed:
+        with self._lock:
             self._results[number] = gradients
             while (following := self._results.pop(self._added, None)) is not None:
                 self._window.add(following)
                 self._added += 1
-            self._changed.notify_all()
+                self._room.put(None)

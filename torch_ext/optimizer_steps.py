@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-__all__ = ["OptimizerStep", "keep_float32_moments", "local_tensor"]
+from torch_ext._C import run_then_clean_up
+
+__all__ = ["OptimizerStep", "keep_float32_moments", "like_parameter", "local_tensor"]
 
 _adamw_step = torch.ops.torch_ext.adamw_step_
 _sgd_step = torch.ops.torch_ext.sgd_step_
@@ -236,21 +238,24 @@ class OptimizerStep:
     ) -> None:
         if found_inf.item() != 0.0:
             return
-        sums = self._core.sums(written)
-        torch._foreach_mul_(sums, coefficient)
+        sums = self._core.scale_sums(written, coefficient)
         set_aside = [param.grad for param in self._params]
         self._narrow_moments()
-        try:
+
+        def step() -> None:
             for param in self._params:
                 param.grad = None
             for index, total in zip(written, sums, strict=True):
                 param = self._params[index]
-                param.grad = _like_parameter(total.to(param.dtype), param)
+                param.grad = like_parameter(total.to(param.dtype), param)
             with torch.enable_grad():
                 self._optimizer.step()
-        finally:
+
+        def put_back() -> None:
             for param, grad in zip(self._params, set_aside, strict=True):
                 param.grad = grad
+
+        run_then_clean_up(step, put_back)
 
     def _narrow_moments(self) -> None:
         """What a fused step has widened: other steps expect the parameters' dtype."""
@@ -263,7 +268,8 @@ class OptimizerStep:
                         state[name] = value.to(param.dtype)
 
 
-def _like_parameter(local: Tensor, param: Tensor) -> Tensor:
+def like_parameter(local: Tensor, param: Tensor) -> Tensor:
+    """The distributed tensor whose part here is ``local``, where the parameter is one."""
     if local_tensor(param) is param:
         return local
     from torch.distributed.tensor import DTensor

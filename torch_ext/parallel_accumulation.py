@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -60,10 +61,11 @@ def parallel_micro_batches(
         raise TypeError(f"{NAME}: loss_fn takes a function, got {type(loss_fn).__name__}")
     if workers is None:
         workers = torch.get_num_threads() if accumulator.device.type == "cpu" else 2
-    if isinstance(workers, bool) or not isinstance(workers, int):
+    if isinstance(workers, bool) or not isinstance(workers, Integral):
         raise TypeError(f"{NAME}: workers takes a whole number, got {workers!r}")
     if workers < 1:
         raise ValueError(f"{NAME}: workers takes a number of at least 1, got {workers}")
+    workers = int(workers)
     accumulator.check_parallel(NAME)
     window = SeparateWindow(accumulator, loss_fn)
     if accumulator.device.type == "cpu":

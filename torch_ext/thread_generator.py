@@ -7,19 +7,16 @@ activation checkpointing, which draws the same dropout mask again.
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-__all__ = ["own_generator", "turned_to_own_generators"]
+from torch_ext._C import InterruptibleScope
+
+__all__ = ["OwnGenerator", "TurnedToOwnGenerators"]
 
 _own = threading.local()
-_lock = threading.Lock()
-_users = 0
-_default: Any = None
 
 
 class _DefaultGenerator:
@@ -29,32 +26,50 @@ class _DefaultGenerator:
         return getattr(getattr(_own, "generator", None) or _default, name)
 
 
-@contextlib.contextmanager
-def turned_to_own_generators() -> Iterator[None]:
-    """While it lasts, torch.random asks for a thread's own generator first."""
-    global _users, _default
-    with _lock:
-        _users += 1
-        if _users == 1:
-            _default = torch.random.default_generator
-            torch.random.default_generator = _DefaultGenerator()
-    try:
-        yield
-    finally:
+_STAND_IN = _DefaultGenerator()
+_default: Any = None
+
+# Guards the two above. Of C: Ctrl-C cannot come between its release and the end of its block.
+_lock = threading.RLock()
+_users: set[int] = set()
+
+
+class TurnedToOwnGenerators(InterruptibleScope):
+    """While one is entered, torch.random asks for a thread's own generator first."""
+
+    def _enter(self) -> None:
+        global _default
         with _lock:
-            _users -= 1
-            if _users == 0:
+            _users.add(id(self))
+            if torch.random.default_generator is not _STAND_IN:
+                _default = torch.random.default_generator
+                torch.random.default_generator = _STAND_IN
+
+    def _exit(self, failed: bool) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        with _lock:
+            _users.discard(id(self))
+            if not _users and torch.random.default_generator is _STAND_IN:
                 torch.random.default_generator = _default
 
 
-@contextlib.contextmanager
-def own_generator(caller: Any, seed: int) -> Iterator[None]:
+class OwnGenerator(InterruptibleScope):
     """This thread in the state of ``caller``, a CallerState, with a generator of its own."""
-    generator = torch.Generator().manual_seed(seed)
-    caller.enter(generator)
-    _own.generator = generator
-    try:
-        yield
-    finally:
+
+    def __init__(self, caller: Any, seed: int) -> None:
+        super().__init__()
+        self._caller = caller
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def _enter(self) -> None:
+        self._caller.enter(self._generator)
+        _own.generator = self._generator
+
+    def _exit(self, failed: bool) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
         _own.generator = None
-        caller.leave()
+        self._caller.leave()

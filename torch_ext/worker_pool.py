@@ -10,27 +10,63 @@ import queue
 import threading
 from collections.abc import Callable
 
-import torch
+from torch_ext._C import compute_alone
 
-__all__ = ["WorkerPool", "shared_pool"]
+__all__ = ["Running", "WorkerPool", "shared_pool"]
 
 
 class Running:
-    """What :meth:`WorkerPool.start` has started."""
+    """One task that several threads work on.
 
-    def __init__(self, workers: int) -> None:
-        self._workers = workers
-        self._done = threading.Semaphore(0)
+    The caller's thread may be interrupted between any two steps: all that it calls may be called
+    again, and what counts is counted by the workers.
 
-    def one_is_done(self) -> None:
-        self._done.release()
+    Args:
+        workers: how many threads call it.
+        task: must not raise.
+    """
+
+    def __init__(self, workers: int, task: Callable[[], None]) -> None:
+        self.workers = workers
+        self._task = task
+        self._lock = threading.RLock()
+        self._at_work = 0
+        self._finished = 0
+        self._closed = False
+        # An entry for each that has ended. It wakes the caller, who looks at the numbers.
+        self._ended: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def run_one(self) -> None:
+        """What a worker does."""
+        with self._lock:
+            if self._closed:
+                return
+            self._at_work += 1
+        try:
+            self._task()
+        finally:
+            with self._lock:
+                self._at_work -= 1
+                self._finished += 1
+            self._ended.put(None)
 
     def wait(self) -> None:
-        """Returns when all have returned; may be called again when it was interrupted."""
-        while self._workers:
-            # Now and then Python looks whether Ctrl-C came just before it began to wait.
-            if self._done.acquire(timeout=1):
-                self._workers -= 1
+        """Returns when all workers have come and gone."""
+        while self._finished < self.workers:
+            self._wait_a_while()
+
+    def close(self) -> None:
+        """Returns when none is at work; those who come later find nothing to do."""
+        with self._lock:
+            self._closed = True
+        while self._at_work:
+            self._wait_a_while()
+
+    def _wait_a_while(self) -> None:
+        try:
+            self._ended.get(timeout=0.1)
+        except queue.Empty:
+            return
 
 
 class WorkerPool:
@@ -44,45 +80,18 @@ class WorkerPool:
         self._threads = 0
         self._lock = threading.Lock()
 
-    def start(self, workers: int, task: Callable[[], None]) -> Running:
-        """Runs ``task``, which must not raise, once in each of so many threads.
-
-        Tasks of several callers queue up.
-        """
-        self._grow_to(workers)
-        running = Running(workers)
-
-        def run_one() -> None:
-            try:
-                task()
-            finally:
-                running.one_is_done()
-
-        for _ in range(workers):
-            self._tasks.put(run_one)
-        return running
-
-    def _grow_to(self, workers: int) -> None:
+    def start(self, running: Running) -> None:
+        """Hands the task to as many threads; tasks of several callers queue up."""
         with self._lock:
-            missing = workers - self._threads
-            if missing <= 0:
-                return
-            threads = torch.get_num_threads()
-            ready = threading.Semaphore(0)
-            for _ in range(missing):
+            while self._threads < running.workers:
                 name = f"torch_ext micro-batches {self._threads}"
-                threading.Thread(target=self._work, args=(ready,), name=name, daemon=True).start()
+                threading.Thread(target=self._work, name=name, daemon=True).start()
                 self._threads += 1
-            for _ in range(missing):
-                ready.acquire()
-            # Each has set its own number, and with it the default of threads to come.
-            torch.set_num_threads(threads)
+        for _ in range(running.workers):
+            self._tasks.put(running.run_one)
 
-    def _work(self, ready: threading.Semaphore) -> None:
-        torch.get_num_threads()  # a thread takes over the default once, now rather than later
-        torch.set_num_threads(1)
-        ready.release()
-        del ready
+    def _work(self) -> None:
+        compute_alone()
         while True:
             self._tasks.get()()
 

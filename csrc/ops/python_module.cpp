@@ -51,6 +51,62 @@ void set_override_listener(py::object listener) {
   torch_ext::set_override_listener(notify);
 }
 
+/// Calls `clean_up` until it returns. Ctrl-C comes between any two steps of a Python function, its
+/// first included: one that may begin anew is the only one that is sure to end.
+void run_to_its_end(const py::object& clean_up, std::optional<py::error_already_set>& raised) {
+  // Not for ever: a clean_up that always raises is a fault of its own.
+  for (int attempt = 0; attempt < 1000; ++attempt) {
+    try {
+      clean_up();
+      return;
+    } catch (const py::error_already_set& error) {
+      if (!raised.has_value()) raised.emplace(error);
+    }
+  }
+}
+
+/// body(), then clean_up() to its end, whatever was raised; then raises it, the first if there are
+/// several.
+py::object run_then_clean_up(const py::object& body, const py::object& clean_up) {
+  std::optional<py::error_already_set> raised;
+  py::object result;
+  try {
+    result = body();
+  } catch (const py::error_already_set& error) {
+    raised.emplace(error);
+  }
+  run_to_its_end(clean_up, raised);
+  if (raised.has_value()) throw py::error_already_set(*raised);
+  return result;
+}
+
+/// A base class of contexts that Ctrl-C leaves whole. A subclass has _enter(), _exit(failed), and
+/// _restore(), which ends what _enter() has begun, or does nothing, as often as it is called.
+/// Python calls a context's methods where no signal is looked for if they are no Python functions.
+struct InterruptibleScope {};
+
+py::object enter_scope(const py::object& self) {
+  try {
+    self.attr("_enter")();
+  } catch (const py::error_already_set& error) {
+    std::optional<py::error_already_set> raised(error);
+    run_to_its_end(self.attr("_restore"), raised);
+    throw py::error_already_set(*raised);
+  }
+  return self;
+}
+
+void exit_scope(const py::object& self, const py::object& kind, const py::object& /*error*/,
+                const py::object& /*traceback*/) {
+  try {
+    self.attr("_exit")(!kind.is_none());
+  } catch (const py::error_already_set& error) {
+    std::optional<py::error_already_set> raised(error);
+    run_to_its_end(self.attr("_restore"), raised);
+    throw py::error_already_set(*raised);
+  }
+}
+
 /// torch_ext::run_on_team of a Python function. When one raises (Ctrl-C, anywhere in the caller's
 /// thread) `stop` makes the others return; then it is raised here, the first if there are several.
 bool run_on_team(std::int64_t workers, const py::object& task, const py::object& stop) {
@@ -101,5 +157,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(py::init<bool>(), py::arg("on") = true, Released())
       .def("close", &ScopeHandle::close, Released());
 
+  m.def("compute_alone", &torch_ext::compute_alone);
+  m.def("run_then_clean_up", &run_then_clean_up, py::arg("body"), py::arg("clean_up"));
+  py::class_<InterruptibleScope>(m, "InterruptibleScope")
+      .def(py::init<>())
+      .def("__enter__", &enter_scope)
+      .def("__exit__", &exit_scope);
   m.def("run_on_team", &run_on_team, py::arg("workers"), py::arg("task"), py::arg("stop"));
 }

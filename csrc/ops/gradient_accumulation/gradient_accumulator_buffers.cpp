@@ -143,8 +143,17 @@ at::Tensor AccumulationBuffers::share(std::size_t index) {
   return slots_[index].sum;
 }
 
-void AccumulationBuffers::restore(std::size_t index, const at::Tensor& sum) {
-  claim(index).sum.copy_(sum);
+at::Tensor AccumulationBuffers::copy_of(std::size_t index, const at::Tensor& sum) const {
+  const Slot& slot = slots_[index];
+  return at::empty_like(slot.param, slot.param.options().dtype(slot.dtype)).copy_(sum);
+}
+
+void AccumulationBuffers::restore(std::size_t index, at::Tensor sum) {
+  Slot& slot = slots_[index];
+  slot.sum = std::move(sum);
+  slot.written = true;
+  slot.adopted = false;
+  slot.shared = false;
 }
 
 }  // namespace torch_ext

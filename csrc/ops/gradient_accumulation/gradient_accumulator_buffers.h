@@ -47,8 +47,9 @@ class AccumulationBuffers {
 
   /// A sum that the caller keeps: it is copied before it is next written, if it is still held then.
   at::Tensor share(std::size_t index);
-  /// Copies `sum` in, whatever its dtype and device.
-  void restore(std::size_t index, const at::Tensor& sum);
+  /// A copy that restore() takes, of a sum of any dtype and device.
+  at::Tensor copy_of(std::size_t index, const at::Tensor& sum) const;
+  void restore(std::size_t index, at::Tensor sum);
 
  private:
   struct Slot {

@@ -16,8 +16,66 @@ using Numbers = std::vector<std::int64_t>;
 using Tensors = std::vector<at::Tensor>;
 using ThreeTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
-std::vector<std::size_t> indices_of(const Numbers& numbers) {
-  return {numbers.begin(), numbers.end()};
+constexpr const char* kClass = "torch_ext::AccumulatorCore: ";
+
+std::size_t index_of(const CorePtr& core, std::int64_t number) {
+  TORCH_CHECK(number >= 0 && number < static_cast<std::int64_t>(core->size()), kClass,
+              "an index takes a number from 0 to ", core->size() - 1, ", got ", number);
+  return static_cast<std::size_t>(number);
+}
+
+std::vector<std::size_t> indices_of(const CorePtr& core, const Numbers& numbers) {
+  std::vector<std::size_t> indices;
+  indices.reserve(numbers.size());
+  for (const std::int64_t number : numbers) indices.push_back(index_of(core, number));
+  return indices;
+}
+
+/// Parameters that have a sum.
+std::vector<std::size_t> written_indices_of(const CorePtr& core, const Numbers& numbers) {
+  std::vector<std::size_t> indices = indices_of(core, numbers);
+  for (const std::size_t index : indices) {
+    TORCH_CHECK(core->is_written(index), kClass, "an index takes a parameter that has a sum, got ",
+                index, ", ", core->name(index), ", which has none");
+  }
+  return indices;
+}
+
+/// As many gradients as indices, no index twice.
+std::vector<std::size_t> indices_of_grads(const CorePtr& core, const Numbers& numbers,
+                                          const Tensors& grads) {
+  TORCH_CHECK(grads.size() == numbers.size(), kClass, "grads takes one tensor for each index, ",
+              numbers.size(), ", got ", grads.size());
+  std::vector<std::size_t> indices = indices_of(core, numbers);
+  std::vector<bool> seen(core->size());
+  for (std::size_t k = 0; k < indices.size(); ++k) {
+    TORCH_CHECK(grads[k].defined(), kClass, "grads takes tensors, got none at ", k);
+    TORCH_CHECK(!seen[indices[k]], kClass, "indices takes each index once, got ", indices[k],
+                " twice");
+    seen[indices[k]] = true;
+  }
+  return indices;
+}
+
+void check_place(const CorePtr& core, const at::Tensor& weight, std::int64_t weight_index) {
+  const at::Tensor& param = core->param(index_of(core, weight_index));
+  TORCH_CHECK(weight.is_same(param), kClass, "weight_index takes the place of weight, got ",
+              weight_index);
+}
+
+at::Tensor linear(const CorePtr& core, const at::Tensor& input, const at::Tensor& weight,
+                  const std::optional<at::Tensor>& bias, std::int64_t weight_index,
+                  std::int64_t bias_index) {
+  check_place(core, weight, weight_index);
+  if (bias_index >= 0) check_place(core, bias.value_or(at::Tensor()), bias_index);
+  return accumulating_linear(core, input, weight, bias, weight_index, bias_index);
+}
+
+at::Tensor embedding(const CorePtr& core, const at::Tensor& indices, const at::Tensor& weight,
+                     std::int64_t padding_idx, bool scale_grad_by_freq, std::int64_t weight_index) {
+  check_place(core, weight, weight_index);
+  return accumulating_embedding(core, indices, weight, padding_idx, scale_grad_by_freq,
+                                weight_index);
 }
 
 Numbers numbers_of(const std::vector<std::size_t>& indices) {
@@ -57,25 +115,30 @@ TORCH_LIBRARY_FRAGMENT(torch_ext, m) {
   m.class_<AccumulatorCore>("AccumulatorCore")
       .def(torch::init(&make_core))
       .def("open", &AccumulatorCore::open)
+      .def("is_open_with",
+           [](const CorePtr& core, std::int64_t ticket) { return core->is_open(ticket); })
+      .def("abort_with", [](const CorePtr& core, std::int64_t ticket) { core->abort(ticket); })
+      .def("declare_lost", &AccumulatorCore::declare_lost)
       .def("close",
            [](const CorePtr& core, double number, const std::optional<at::Tensor>& tensor) {
              core->close(weight_of(number, tensor));
            })
-      .def("abort", &AccumulatorCore::abort)
-      .def("is_open", &AccumulatorCore::is_open)
+      .def("is_open", [](const CorePtr& core) { return core->is_open(); })
       .def("size", [](const CorePtr& core) { return static_cast<std::int64_t>(core->size()); })
       .def("add",
-           [](const CorePtr& core, const Numbers& indices, Tensors grads, double number,
+           [](const CorePtr& core, const Numbers& numbers, Tensors grads, double number,
               const std::optional<at::Tensor>& tensor) {
-             core->add(indices_of(indices), std::move(grads), weight_of(number, tensor));
+             const std::vector<std::size_t> indices = indices_of_grads(core, numbers, grads);
+             core->add(indices, std::move(grads), weight_of(number, tensor));
            })
       .def("add_to_open",
-           [](const CorePtr& core, const Numbers& indices, Tensors grads) {
-             core->add_to_open(indices_of(indices), std::move(grads));
+           [](const CorePtr& core, const Numbers& numbers, Tensors grads) {
+             const std::vector<std::size_t> indices = indices_of_grads(core, numbers, grads);
+             core->add_to_open(indices, std::move(grads));
            })
       .def("merge", [](const CorePtr& core, const CorePtr& other) { core->merge(*other); })
-      .def("linear", &accumulating_linear)
-      .def("embedding", &accumulating_embedding)
+      .def("linear", &linear)
+      .def("embedding", &embedding)
       .def("add_in_backward", &AccumulatorCore::add_in_backward)
       .def("ignore_node_hooks", &AccumulatorCore::ignore_node_hooks)
       .def("micro_batches", &AccumulatorCore::micro_batches)
@@ -83,10 +146,22 @@ TORCH_LIBRARY_FRAGMENT(torch_ext, m) {
       .def("measure_first", &AccumulatorCore::measure_first)
       .def("first_micro_batch", &AccumulatorCore::first_micro_batch)
       .def("written", [](const CorePtr& core) { return numbers_of(core->written()); })
-      .def("sums", [](const CorePtr& core,
-                      const Numbers& indices) { return core->sums(indices_of(indices)); })
-      .def("zero_missing", [](const CorePtr& core,
-                              const Numbers& indices) { core->zero_missing(indices_of(indices)); })
+      .def("sums",
+           [](const CorePtr& core, const Numbers& indices) {
+             return core->sums(written_indices_of(core, indices));
+           })
+      .def("zero_missing",
+           [](const CorePtr& core, const Numbers& indices) {
+             core->zero_missing(indices_of(core, indices));
+           })
+      .def("scale_sums",
+           [](const CorePtr& core, const Numbers& indices, const at::Tensor& coefficient) {
+             return core->scale_sums(written_indices_of(core, indices), coefficient);
+           })
+      .def("forget",
+           [](const CorePtr& core, const Numbers& indices) {
+             core->forget(written_indices_of(core, indices));
+           })
       .def("check_steppable", &AccumulatorCore::check_steppable)
       .def("measure",
            [](const CorePtr& core) {
@@ -97,11 +172,11 @@ TORCH_LIBRARY_FRAGMENT(torch_ext, m) {
       .def("normalise", &normalise)
       .def("masters",
            [](const CorePtr& core, const Numbers& indices) {
-             return core->masters().current(indices_of(indices));
+             return core->masters().current(indices_of(core, indices));
            })
       .def("mark_stepped",
            [](const CorePtr& core, const Numbers& indices) {
-             core->masters().mark_stepped(indices_of(indices));
+             core->masters().mark_stepped(indices_of(core, indices));
            })
       .def("reset", &AccumulatorCore::reset)
       .def("noise_scale", [](const CorePtr& core) { return core->noise().scale(); })

@@ -2,6 +2,7 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/_foreach_mul.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/full_like.h>
 #include <ATen/ops/stack.h>
@@ -12,6 +13,7 @@
 #include <utility>
 
 #include "gradient_accumulator_calls.h"
+#include "gradient_accumulator_memory.h"
 
 namespace torch_ext {
 namespace {
@@ -111,7 +113,8 @@ at::Device AccumulatorCore::device() const { return params_[0].device(); }
 void AccumulatorCore::check_intact() const {
   TORCH_CHECK(!damaged_, kOp,
               "a micro-batch failed after its backward had begun to add to the sums of earlier "
-              "ones: call reset() and start the window again");
+              "ones, or the window was interrupted while its sums were written: call reset() and "
+              "start the window again");
 }
 
 void AccumulatorCore::check_grad(std::size_t index, const at::Tensor& grad) const {
@@ -125,9 +128,13 @@ void AccumulatorCore::check_grad(std::size_t index, const at::Tensor& grad) cons
               " takes the sizes ", params_[index].sizes(), ", got ", grad.sizes());
   TORCH_CHECK(grad.device() == params_[index].device(), kOp, "the gradient of ", name,
               " takes a tensor on ", params_[index].device(), ", got one on ", grad.device());
+  TORCH_CHECK(at::isFloatingType(grad.scalar_type()), kOp, "the gradient of ", name,
+              " takes a floating tensor, got ", grad.scalar_type());
+  TORCH_CHECK(has_its_memory(grad), kOp, "the gradient of ", name,
+              " takes a tensor with memory, got one whose storage was freed");
 }
 
-void AccumulatorCore::open() {
+void AccumulatorCore::open(std::int64_t ticket) {
   check_intact();
   TORCH_CHECK(!open_, kOp, "micro_batch() inside a micro_batch(): end that one first");
   before_more_gradients();
@@ -142,6 +149,7 @@ void AccumulatorCore::open() {
     }
   }
   open_ = true;
+  ticket_ = ticket;
 }
 
 void AccumulatorCore::put_grads_back() {
@@ -196,6 +204,10 @@ void AccumulatorCore::abort() {
   open_ = false;
 }
 
+void AccumulatorCore::abort(std::int64_t ticket) {
+  if (is_open(ticket)) abort();
+}
+
 void AccumulatorCore::add_to_open(const std::vector<std::size_t>& indices,
                                   std::vector<at::Tensor> grads) {
   TORCH_CHECK(open_, kOp, "no micro_batch() is open");
@@ -211,8 +223,18 @@ void AccumulatorCore::add(const std::vector<std::size_t>& indices, std::vector<a
   const at::NoGradGuard no_grad;
   for (std::size_t k = 0; k < indices.size(); ++k) check_grad(indices[k], grads[k]);
   before_more_gradients();
-  buffers_.add(indices, std::move(grads));
+  add_whole(indices, std::move(grads));
   count(weight);
+}
+
+void AccumulatorCore::add_whole(const std::vector<std::size_t>& indices,
+                                std::vector<at::Tensor> grads) {
+  try {
+    buffers_.add(indices, std::move(grads));
+  } catch (...) {
+    declare_lost();
+    throw;
+  }
 }
 
 void AccumulatorCore::before_more_gradients() {
@@ -230,6 +252,13 @@ void AccumulatorCore::count(const Weight& weight) {
 void AccumulatorCore::merge(AccumulatorCore& other) {
   check_intact();
   other.check_intact();
+  TORCH_CHECK(&other != this, kOp, "merge() takes another window, got itself");
+  TORCH_CHECK(other.size() == size(), kOp, "merge() takes a window of the same parameters, ",
+              size(), ", got one of ", other.size());
+  for (std::size_t i = 0; i < size(); ++i) {
+    TORCH_CHECK(other.params_[i].is_same(params_[i]), kOp,
+                "merge() takes a window of the same parameters, got another one for ", names_[i]);
+  }
   TORCH_CHECK(!open_ && !other.open_, kOp, "a micro_batch() is open: end it first");
   if (other.micro_batches_ == 0) return;
   const at::NoGradGuard no_grad;
@@ -241,7 +270,7 @@ void AccumulatorCore::merge(AccumulatorCore& other) {
   }
   const std::vector<std::size_t> indices = other.buffers_.written();
   std::vector<at::Tensor> sums = other.buffers_.take(indices);
-  buffers_.add(indices, std::move(sums));
+  add_whole(indices, std::move(sums));
   weight_.add(other.weight_);
   micro_batches_ += other.micro_batches_;
   other.reset();
@@ -254,6 +283,21 @@ at::Tensor AccumulatorCore::first_micro_batch() const {
   }
   return at::stack({first_square_, first_weight_.value(device())});
 }
+
+std::vector<at::Tensor> AccumulatorCore::scale_sums(const std::vector<std::size_t>& indices,
+                                                    const at::Tensor& coefficient) {
+  const at::NoGradGuard no_grad;
+  std::vector<at::Tensor> sums;
+  sums.reserve(indices.size());
+  for (const std::size_t index : indices) {
+    buffers_.claim(index);  // a copy, where somebody holds the sum
+    sums.push_back(buffers_.share(index));
+  }
+  if (!sums.empty()) at::_foreach_mul_(sums, coefficient);
+  return sums;
+}
+
+void AccumulatorCore::forget(const std::vector<std::size_t>& indices) { buffers_.take(indices); }
 
 void AccumulatorCore::zero_missing(const std::vector<std::size_t>& indices) {
   const at::NoGradGuard no_grad;

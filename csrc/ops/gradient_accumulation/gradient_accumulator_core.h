@@ -60,10 +60,15 @@ class AccumulatorCore final : public torch::CustomClassHolder {
   const std::string& name(std::size_t index) const { return names_[index]; }
 
   // --- A micro-batch: whatever .grad held is set aside while it is open.
-  void open();
+  /// ticket: names this micro-batch for abort().
+  void open(std::int64_t ticket = 0);
   void close(const Weight& weight);
   /// Takes the open micro-batch back.
   void abort();
+  /// The same, of the micro-batch with this ticket; nothing where that is not open: to be called
+  /// as often as an interrupted caller likes.
+  void abort(std::int64_t ticket);
+  bool is_open(std::int64_t ticket) const { return open_ && ticket_ == ticket; }
   bool is_open() const { return open_; }
   /// A whole micro-batch whose gradients lie elsewhere.
   void add(const std::vector<std::size_t>& indices, std::vector<at::Tensor> grads,
@@ -76,6 +81,7 @@ class AccumulatorCore final : public torch::CustomClassHolder {
   /// From the next micro-batch on large gradients leave .grad while backward is running.
   void add_in_backward(bool early) { adds_in_backward_ = early; }
   void take_grad(std::size_t index);
+  const GradientTaker& taker() const { return taker_; }
 
   // --- Gradients that backward kernels add to the sums themselves, from autograd's threads.
   std::mutex& kernel_mutex() { return kernel_mutex_; }
@@ -99,6 +105,12 @@ class AccumulatorCore final : public torch::CustomClassHolder {
   std::vector<at::Tensor> sums(const std::vector<std::size_t>& indices) const {
     return buffers_.sums(indices);
   }
+  /// Multiplies sums in place, and gives them away: to those who read or write them until the
+  /// window ends. The next window leaves what is still held then alone.
+  std::vector<at::Tensor> scale_sums(const std::vector<std::size_t>& indices,
+                                     const at::Tensor& coefficient);
+  /// These parameters have no sum from here on.
+  void forget(const std::vector<std::size_t>& indices);
   /// Sums of zeros for those that have none: other processes have gradients for them.
   void zero_missing(const std::vector<std::size_t>& indices);
   /// is_alone: there must be a micro-batch, and a gradient. Else other processes may have those.
@@ -110,6 +122,8 @@ class AccumulatorCore final : public torch::CustomClassHolder {
                       const std::optional<at::Tensor>& inverse_scale,
                       std::optional<double> max_norm);
   void reset();
+  /// Sums may have been written in part: nothing but reset() is possible from here on.
+  void declare_lost() { damaged_ = true; }
 
   AccumulationBuffers& buffers() { return buffers_; }
   MasterWeights& masters() { return masters_; }
@@ -125,6 +139,8 @@ class AccumulatorCore final : public torch::CustomClassHolder {
   void check_grad(std::size_t index, const at::Tensor& grad) const;
   /// The first micro-batch's norm has to be known before the second one is added to it.
   void before_more_gradients();
+  /// Gradients of no open micro-batch: all of them, or the window is lost.
+  void add_whole(const std::vector<std::size_t>& indices, std::vector<at::Tensor> grads);
   void count(const Weight& weight);
   void put_grads_back();
   void check_state(const StateDict& state) const;
@@ -141,6 +157,7 @@ class AccumulatorCore final : public torch::CustomClassHolder {
   std::mutex kernel_mutex_;
 
   bool open_ = false;
+  std::int64_t ticket_ = 0;
   bool damaged_ = false;
   bool ignores_node_hooks_ = false;
   std::vector<at::Tensor> set_aside_;  // .grad as it was when the micro-batch was opened

@@ -23,10 +23,11 @@ bool accumulates_into(torch::autograd::Node* node) {
 
 bool may_bypass_autograd(const at::Tensor& param, bool ignore_node_hooks) {
   if (at::GradMode::is_enabled()) return false;  // create_graph=True
-  if (!torch::autograd::impl::hooks(param).empty()) return false;
-  if (torch::autograd::impl::post_acc_grad_hooks(param) != nullptr) return false;
   const auto node = torch::autograd::impl::grad_accumulator(param);
   if (node == nullptr) return false;
+  // Asked of the node: what saved-tensor hooks (checkpointing, save_on_cpu) have brought back in
+  // the parameter's place has its node, and none of its hooks.
+  if (has_tensor_hooks(*node)) return false;
   if (!ignore_node_hooks && has_foreign_hooks(*node)) return false;
   return accumulates_into(node.get());
 }

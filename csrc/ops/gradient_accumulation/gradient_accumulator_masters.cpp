@@ -61,14 +61,16 @@ at::Tensor MasterWeights::share(std::size_t index) {
   return entries_[index].master;
 }
 
-void MasterWeights::restore(std::size_t index, const at::Tensor& master) {
+at::Tensor MasterWeights::copy_of(std::size_t index, const at::Tensor& master) const {
+  const at::Tensor& param = entries_[index].param;
+  // Of a model that was narrower when its state was saved.
+  if (!has_master(param)) return {};
+  return at::empty_like(param, param.options().dtype(at::kFloat)).copy_(master);
+}
+
+void MasterWeights::restore(std::size_t index, at::Tensor master) {
   Entry& entry = entries_[index];
-  if (!master.defined()) {
-    entry.master = at::Tensor();
-    return;
-  }
-  entry.master = at::empty_like(entry.param, entry.param.options().dtype(at::kFloat));
-  entry.master.copy_(master);
+  entry.master = std::move(master);
   entry.shared = false;
   // Compared with the parameter before it is used: that may be loaded before or after.
   entry.version = version_of(entry.param) - 1;

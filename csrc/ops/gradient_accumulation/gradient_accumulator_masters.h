@@ -27,8 +27,10 @@ class MasterWeights {
   /// A master that the caller keeps, undefined where there is none yet: it is copied before it is
   /// next written, if it is still held then.
   at::Tensor share(std::size_t index);
-  /// Copies `master` in; undefined: the parameter as it is will be the master.
-  void restore(std::size_t index, const at::Tensor& master);
+  /// A copy that restore() takes, of a master of any dtype and device.
+  at::Tensor copy_of(std::size_t index, const at::Tensor& master) const;
+  /// Undefined: the parameter as it is will be the master.
+  void restore(std::size_t index, at::Tensor master);
 
  private:
   struct Entry {

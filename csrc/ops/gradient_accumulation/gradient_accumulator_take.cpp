@@ -20,7 +20,11 @@ struct TakeHook final : torch::autograd::FunctionPostHook {
   torch::autograd::variable_list operator()(
       const torch::autograd::variable_list& outputs,
       const torch::autograd::variable_list& /*inputs*/) override {
-    core.take_grad(index);
+    // Those who look at .grad when this parameter's is complete may look at it later too.
+    auto& node = *core.taker().node(index);
+    if (!has_tensor_hooks(node) && (core.ignores_node_hooks() || !has_foreign_hooks(node))) {
+      core.take_grad(index);
+    }
     return outputs;
   }
 
@@ -49,8 +53,12 @@ GradientTaker::~GradientTaker() {
   }
 }
 
+bool has_tensor_hooks(torch::autograd::Node& node) {
+  return !node.tensor_pre_hooks().empty() || node.tensor_post_acc_grad_hooks() != nullptr;
+}
+
 bool has_foreign_hooks(torch::autograd::Node& node) {
-  if (!node.pre_hooks().empty() || !node.tensor_pre_hooks().empty()) return true;
+  if (!node.pre_hooks().empty()) return true;
   const auto& hooks = node.post_hooks();
   return std::any_of(hooks.begin(), hooks.end(), [](const auto& hook) {
     return dynamic_cast<const TakeHook*>(hook.get()) == nullptr;

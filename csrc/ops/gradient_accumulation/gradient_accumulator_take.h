@@ -22,8 +22,10 @@ class GradientTaker {
   /// Hooks the accumulation nodes of the parameters that are large and require a gradient.
   void attach();
 
- private:
   using NodePtr = decltype(torch::autograd::impl::grad_accumulator(at::Tensor()));
+  const NodePtr& node(std::size_t index) const { return hooks_[index].node; }
+
+ private:
   struct Hook {
     NodePtr node;
     std::uintptr_t key = 0;
@@ -33,7 +35,11 @@ class GradientTaker {
   std::vector<Hook> hooks_;  // one for each parameter; without a node where there is none
 };
 
-/// Whether anybody but takers has hooks on an accumulation node.
+/// Whether anybody has hooks on the parameter of an accumulation node: on its gradient, or on the
+/// gradient's arrival in .grad.
+bool has_tensor_hooks(torch::autograd::Node& node);
+
+/// Whether anybody but takers has hooks on an accumulation node itself.
 bool has_foreign_hooks(torch::autograd::Node& node);
 
 }  // namespace torch_ext

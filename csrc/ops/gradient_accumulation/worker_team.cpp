@@ -43,6 +43,14 @@ class OneThread {
 
 }  // namespace
 
+void compute_alone() {
+  at::get_num_threads();  // as in OneThread
+#ifdef _OPENMP
+  omp_set_num_threads(1);
+#endif
+  if (MKL_Set_Num_Threads_Local != nullptr) MKL_Set_Num_Threads_Local(1);
+}
+
 bool run_on_team(std::int64_t workers, const std::function<void()>& body) {
   if (workers > 1 && (at::in_parallel_region() || workers > at::get_num_threads())) return false;
   at::parallel_for(0, workers, 1, [&body](std::int64_t begin, std::int64_t end) {

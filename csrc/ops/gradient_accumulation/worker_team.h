@@ -7,6 +7,10 @@
 
 namespace torch_ext {
 
+/// From here on torch and MKL find this thread alone: for the threads of a pool's own. Other
+/// threads, and the number that new ones begin with, are left as they are.
+void compute_alone();
+
 /// Runs `body` so many times at once, in the calling thread and others of its team, with torch and
 /// MKL at one thread each, so that no sum is split. `body` must not throw.
 ///
