@@ -12,13 +12,16 @@ the whole window itself.
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from torch_ext.gradient_accumulation import GradientAccumulator
+from torch_ext.integrations.trainer_window import TrainerWindow
 from torch_ext.optimizer_steps import keep_float32_moments
 
 __all__ = ["GradientAccumulationMixin"]
@@ -33,9 +36,11 @@ class _Base:
         args: Any
         optimizer: Any
         accelerator: Any
+        callback_handler: Any
 
         def train(self, *args: Any, **kwargs: Any) -> Any: ...
         def create_optimizer(self, *args: Any, **kwargs: Any) -> Any: ...
+        def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any: ...
         def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor: ...
         def _save_optimizer_and_scheduler(self, output_dir: str) -> None: ...
         def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None: ...
@@ -47,9 +52,13 @@ class GradientAccumulationMixin(_Base):
     Micro-batches are summed in float32 and stepped in one pass, bf16 and fp16 models train with
     float32 master weights, and those survive in the Trainer's checkpoints. DistributedDataParallel
     communicates once a step. Not with DeepSpeed, which accumulates itself.
+
+    Callbacks find the gradient in ``.grad`` where stock shows it, normalised and clipped: from
+    ``on_pre_optimizer_step``, where they may edit it, to ``on_optimizer_step``. An exception inside
+    a window drops what the window holds.
     """
 
-    _accumulator: GradientAccumulator | None = None
+    _accumulator: TrainerWindow | None = None
     _resumed_from: str | None = None
     fuse_linear = True
     """As in GradientAccumulator; a class attribute, to be set in a subclass."""
@@ -72,11 +81,20 @@ class GradientAccumulationMixin(_Base):
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         accumulator = self._accumulator_for(model)
-        # The loss comes divided by what the window's losses are divided by: the weights of a window
-        # add up to 1.
         steps = getattr(self, "current_gradient_accumulation_steps", None)
-        with accumulator.micro_batch(1.0 / (steps or self.args.gradient_accumulation_steps)):
-            return super().training_step(model, *args, **kwargs)
+        try:
+            with accumulator.micro_batch(1.0 / (steps or self.args.gradient_accumulation_steps)):
+                return super().training_step(model, *args, **kwargs)
+        except BaseException:
+            # The window may be tried again, with smaller batches.
+            accumulator.reset()
+            raise
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # auto_find_batch_size comes here again after it has run out of memory.
+        self._detach()
+        self._resumed_from = None
+        return super()._inner_training_loop(*args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -84,7 +102,7 @@ class GradientAccumulationMixin(_Base):
         finally:
             self._detach()
 
-    def _accumulator_for(self, model: nn.Module) -> GradientAccumulator:
+    def _accumulator_for(self, model: nn.Module) -> TrainerWindow:
         optimizer = _innermost(self.optimizer)
         if self._accumulator is not None and self._accumulator.optimizer is optimizer:
             return self._accumulator
@@ -94,18 +112,17 @@ class GradientAccumulationMixin(_Base):
                 "accumulates gradients itself"
             )
         self._detach()
-        max_norm = self.args.max_grad_norm
-        self._accumulator = GradientAccumulator(
-            model, optimizer, max_norm=max_norm or None, fuse_linear=self.fuse_linear
-        )
+        window = TrainerWindow(model, optimizer, fuse_linear=self.fuse_linear)
         if self._resumed_from is not None:
-            self._accumulator.load_state_dict(torch.load(self._resumed_from, weights_only=True))
+            window.load_state_dict(torch.load(self._resumed_from, weights_only=True))
             self._resumed_from = None
+        self._accumulator = window
         # The Trainer's loop clips, then steps: both are the accumulator's, and the gradients that
         # it would clip and step with are not in .grad.
         self._attach(self.accelerator, "clip_grad_norm_", self._clip)
+        self._attach(self.callback_handler, "on_pre_optimizer_step", self._wrapped_callbacks())
         self._attach(self.optimizer, "step", self._wrapped_step())
-        return self._accumulator
+        return window
 
     def _attach(self, owner: Any, name: str, method: Any) -> None:
         self._attached.append((owner, name, method, vars(owner).get(name)))
@@ -125,9 +142,33 @@ class GradientAccumulationMixin(_Base):
     def _scaler(self) -> Any:
         return getattr(self.accelerator, "scaler", None)
 
-    def _clip(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Tensor:
-        assert self._accumulator is not None
-        return self._accumulator.prepare_step(self._scaler())
+    def _clip(
+        self, parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2
+    ) -> Tensor:
+        window = self._accumulator
+        assert window is not None
+        clipped = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        if not window.is_prepared and norm_type == 2 and window.is_whole(clipped):
+            window.max_norm = max_norm if 0.0 < max_norm < math.inf else None
+            return window.prepare_step(self._scaler())
+        norm = window.prepare_unclipped(self._scaler())
+        if max_norm == math.inf and norm_type == 2 and not window.is_shown:
+            return norm
+        # Once more, or in a way of its own: what there is to clip lies in .grad from here on.
+        window.show_gradients()
+        return nn.utils.clip_grad_norm_(clipped, max_norm, norm_type)
+
+    def _wrapped_callbacks(self) -> Any:
+        callbacks = self.callback_handler.on_pre_optimizer_step
+
+        def on_pre_optimizer_step(*args: Any, **kwargs: Any) -> Any:
+            window = self._accumulator
+            if window is not None and _looks_at_gradients(self.callback_handler.callbacks):
+                window.prepare_unclipped(self._scaler())
+                window.show_gradients()
+            return callbacks(*args, **kwargs)
+
+        return on_pre_optimizer_step
 
     def _wrapped_step(self) -> Any:
         def step(closure: Any = None) -> None:
@@ -157,6 +198,18 @@ class GradientAccumulationMixin(_Base):
         if checkpoint is not None:
             path = os.path.join(checkpoint, _STATE_FILE)
             self._resumed_from = path if os.path.isfile(path) else None
+
+
+def _looks_at_gradients(callbacks: Iterable[Any]) -> bool:
+    """Whether a callback has something to do while stock has the gradient in ``.grad``."""
+    from transformers import TrainerCallback
+
+    return any(
+        getattr(getattr(callback, name, None), "__func__", None)
+        is not getattr(TrainerCallback, name)
+        for callback in callbacks
+        for name in ("on_pre_optimizer_step", "on_optimizer_step")
+    )
 
 
 def _innermost(optimizer: Any) -> Any:
