@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from torch_ext._C import run_then_clean_up
 from torch_ext.micro_batch_gradients import Gradients, SeparateWindow
 
 __all__ = ["run_on_streams"]
@@ -31,15 +32,24 @@ def run_on_streams(
         current.wait_stream(stream)
         window.add(gradients)
 
-    for number, micro_batch in enumerate(micro_batches):
-        if len(started) == streams:
+    def run() -> None:
+        for number, micro_batch in enumerate(micro_batches):
+            if len(started) == streams:
+                add_oldest()
+            stream = side[number % streams]
+            # Also for the memory of the gradients that have just been added, which it may use
+            # again.
+            stream.wait_stream(current)
+            with module.stream(stream):
+                started.append((stream, window.compute(micro_batch), micro_batch))
+        while started:
             add_oldest()
-        stream = side[number % streams]
-        # Also for the memory of the gradients that have just been added, which it may use again.
-        stream.wait_stream(current)
-        with module.stream(stream):
-            started.append((stream, window.compute(micro_batch), micro_batch))
-    while started:
-        add_oldest()
-    for stream in side:
-        current.wait_stream(stream)
+
+    def clean_up() -> None:
+        # Ctrl-C may come just before a stream's context is left.
+        if hasattr(module, "set_stream"):
+            module.set_stream(current)
+        for stream in side:
+            current.wait_stream(stream)
+
+    run_then_clean_up(run, clean_up)
