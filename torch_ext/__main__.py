@@ -40,6 +40,7 @@ def report() -> dict[str, Any]:
         "cuda_architectures": info["cuda_architectures"],
         "cuda_devices": _device_architectures(),
         "enabled": torch_ext.is_enabled(),
+        "cuda_enabled": _C.is_cuda_enabled(),
         "compiler_flags": info["flags"],
         "compiled_at_import": loaded.compiled_at_import,
         "package": os.path.dirname(os.path.abspath(torch_ext.__file__)),
@@ -48,6 +49,14 @@ def report() -> dict[str, Any]:
         if os.path.isdir(torch_ext.cmake_prefix_path)
         else None,
     }
+
+
+def _drop_in(facts: dict[str, Any]) -> str:
+    if not facts["enabled"]:
+        return "not enabled: torch_ext.enable()"
+    if facts["cuda_enabled"]:
+        return "enabled, for CUDA tensors too"
+    return "enabled; CUDA tensors are left to torch"
 
 
 def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
@@ -66,7 +75,7 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("instruction set", f"{facts['cpu_capability']} ({supported}{limited})"),
         ("threads", str(facts["threads"])),
         ("CUDA", cuda),
-        ("drop-in", "enabled" if facts["enabled"] else "not enabled: torch_ext.enable()"),
+        ("drop-in", _drop_in(facts)),
         ("library", f"{facts['library']} ({how})"),
         ("CMake package", facts["cmake_prefix_path"] or "none: pip install, or cmake --install"),
         ("compiler flags", facts["compiler_flags"]),

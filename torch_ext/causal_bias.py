@@ -16,7 +16,11 @@ import torch
 from torch import Tensor
 
 from torch_ext.import_hooks import WhenImported
-from torch_ext.torch_backends import kernels_exist_for, torch_backend_chosen
+from torch_ext.torch_backends import (
+    device_is_taken,
+    graph_is_for_others,
+    torch_backend_chosen,
+)
 
 if TYPE_CHECKING:
     from torch.nn.attention.bias import CausalBias
@@ -112,8 +116,9 @@ def _takes(query: Tensor, key: Tensor, value: Tensor, bias: CausalBias) -> bool:
         and query.dtype.is_floating_point
         and bias.seq_len_q == query.size(-2)
         and bias.seq_len_kv == key.size(-2)
-        and kernels_exist_for(device)
+        and device_is_taken(device)
         and not torch_backend_chosen(device)
+        and not graph_is_for_others()
     )
 
 

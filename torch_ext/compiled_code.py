@@ -1,10 +1,10 @@
-"""Keeps torch.compile's products apart by whether the drop-in was on when they were made.
+"""Keeps torch.compile's products apart by how the drop-in was switched when they were made.
 
 What a compiled function runs is fixed while it is traced, and nothing that Dynamo guards on changes
-with the dispatcher. So at every change of state, the code compiled in the state that ends gets one
-more guard: that state. Code of both states stays cached side by side, and a function that is called
-in the other state is compiled once more, then reused. The caches on disk, keyed by a graph that
-looks the same in both states, get the state into their key.
+with the dispatcher. So at every change of state (off, on, on for CUDA too), the code compiled in
+the state that ends gets one more guard: that state. Code of all states stays cached side by side,
+and a function that is called in another state is compiled once more, then reused. The caches on
+disk, keyed by a graph that looks the same in all states, get the state into their key.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ import torch
 
 __all__ = ["compile_lock", "state_changed"]
 
-_CACHE_KEY_MARK = "torch_ext"
+# (whether the drop-in is on, for CUDA tensors too)
+State = tuple[bool, bool]
+
+_OFF: State = (False, False)
+_CACHE_KEY_MARKS = {(True, False): "torch_ext", (True, True): "torch_ext_cuda"}
 
 # By csrc/ops/sdpa_override.
 _OVERRIDDEN = (
@@ -26,17 +30,17 @@ _OVERRIDDEN = (
     torch.ops.aten._native_multi_head_attention.default,
 )
 
-_enabled = False
+_state = _OFF
 
 
-def _is_state(enabled: bool) -> Callable[..., bool]:
+def _is_state(state: State) -> Callable[..., bool]:
     def guard(*_: Any) -> bool:
-        return _enabled is enabled
+        return _state == state
 
     return guard
 
 
-_STATE_GUARDS = {enabled: _is_state(enabled) for enabled in (False, True)}
+_STATE_GUARDS = {state: _is_state(state) for state in (_OFF, *_CACHE_KEY_MARKS)}
 
 
 @contextlib.contextmanager
@@ -50,12 +54,12 @@ def compile_lock() -> Iterator[None]:
         yield
 
 
-def state_changed(enabled: bool) -> None:
-    """The drop-in has just been switched: all that is compiled belongs to the other state."""
-    global _enabled
-    _tie_compiled_code_to(not enabled)
-    _enabled = enabled
-    _mark_cache_key(enabled)
+def state_changed(enabled: bool, cuda: bool) -> None:
+    """The drop-in has just been switched: all that is compiled belongs to the state before."""
+    global _state
+    before, _state = _state, (enabled, cuda)
+    _tie_compiled_code_to(before)
+    _mark_cache_key(before, _state)
     for operator in _OVERRIDDEN:
         # Which kernel the Python dispatcher, under which graphs are traced, found for each key.
         operator._dispatch_cache.clear()
@@ -77,35 +81,37 @@ def _cache_entries() -> Iterator[Any]:
             yield from _debug_get_cache_entry_list(code)
 
 
-def _tie_compiled_code_to(enabled: bool) -> None:
+def _tie_compiled_code_to(state: State) -> None:
     for entry in _cache_entries():
         manager = entry.guard_manager
-        if not hasattr(manager, "torch_ext_enabled"):
-            text = f"torch_ext.is_enabled() is {enabled}"
-            manager.root.add_lambda_guard(_STATE_GUARDS[enabled], [text], None)
-            manager.torch_ext_enabled = enabled
+        if not hasattr(manager, "torch_ext_state"):
+            text = f"torch_ext.is_enabled() is {state[0]}"
+            manager.root.add_lambda_guard(_STATE_GUARDS[state], [text], None)
+            manager.torch_ext_state = state
 
 
-def _with_mark(tag: str, enabled: bool) -> str:
-    parts = [part for part in tag.split("+") if part and part != _CACHE_KEY_MARK]
-    return "+".join([*parts, _CACHE_KEY_MARK] if enabled else parts)
+def _with_mark(tag: str, state: State) -> str:
+    marks = _CACHE_KEY_MARKS.values()
+    parts = [part for part in tag.split("+") if part and part not in marks]
+    return "+".join(parts if state == _OFF else [*parts, _CACHE_KEY_MARKS[state]])
 
 
 _unmarked_default: Any = None
 
 
-def _mark_cache_key(enabled: bool) -> None:
+def _mark_cache_key(before: State, state: State) -> None:
     global _unmarked_default
     config = torch.compiler.config
     # A value assigned to the option counts in the assigning thread alone; the default that an
     # environment variable gives is everybody's.
     entry = config._config["cache_key_tag"]
-    if enabled:
+    if before == _OFF:
         _unmarked_default = entry.env_value_default
-        before = _unmarked_default if isinstance(_unmarked_default, str) else ""
-        entry.env_value_default = _with_mark(before, enabled)
-    else:
+    if state == _OFF:
         entry.env_value_default = _unmarked_default
+    else:
+        default = _unmarked_default if isinstance(_unmarked_default, str) else ""
+        entry.env_value_default = _with_mark(default, state)
     tag = config.cache_key_tag
-    if tag != _with_mark(tag, enabled):
-        config.cache_key_tag = _with_mark(tag, enabled)
+    if tag != _with_mark(tag, state):
+        config.cache_key_tag = _with_mark(tag, state)

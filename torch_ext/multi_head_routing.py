@@ -16,18 +16,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_ext.torch_backends import kernels_exist_for, torch_backend_chosen
+from torch_ext import _C
+from torch_ext.torch_backends import (
+    device_is_taken,
+    graph_is_for_others,
+    torch_backend_chosen,
+)
 
 __all__ = ["install", "is_installed", "remove"]
 
+_NO_KERNELS = "torch: no kernels for this device"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _is_plain(tensor: Any) -> bool:
     # Subclasses and parametrized stand-ins keep the path that knows them.
     return (
-        type(tensor) is Tensor or type(tensor) is nn.Parameter
-    ) and tensor.layout == torch.strided
+        (type(tensor) is Tensor or type(tensor) is nn.Parameter)
+        and tensor.layout == torch.strided
+        and not tensor.is_nested
+    )
 
 
 def _takes_module(module: nn.MultiheadAttention, query: Tensor) -> bool:
@@ -90,30 +98,42 @@ def _takes_masks(
     return True
 
 
-def _hint_is_decided(
+def _stock_takes_fast_path(
     module: nn.MultiheadAttention,
     query: Tensor,
     key_padding_mask: Tensor | None,
     attn_mask: Tensor | None,
 ) -> bool:
-    """Whether it is known what stock makes of `is_causal=True`, the hint that attn_mask is causal.
+    """Whether stock would run its inference fast path, which differs from its other path.
 
-    Its path for training believes the hint where there is no padding, and takes attn_mask at its
-    word otherwise. Its inference fast path never looks at the hint. Where the fast path is
-    possible, stock decides.
+    It never looks at is_causal, a hint that attn_mask is the causal mask; the other path believes
+    it where there is no padding. And its output is contiguous; the other path's lies in memory as
+    (seq, batch, embed). The module and query are ones that `_takes` takes.
     """
-    if attn_mask is None:
-        return False  # an error, or, in the fast path, no mask
-    if key_padding_mask is not None or module.training or attn_mask.dtype != torch.bool:
-        return True
-    return torch.is_grad_enabled() and (
-        query.requires_grad
-        or module.in_proj_weight.requires_grad
-        or module.out_proj.weight.requires_grad
+    parameters = (
+        module.in_proj_weight,
+        module.in_proj_bias,
+        module.out_proj.weight,
+        module.out_proj.bias,
+    )
+    return (
+        not module.training
+        and module.num_heads % 2 == 0
+        and module.in_proj_bias is not None
+        and query.dim() == 3
+        and query.dtype == module.in_proj_weight.dtype == module.in_proj_bias.dtype
+        and (attn_mask is None or attn_mask.dtype == torch.bool)
+        and (key_padding_mask is None or key_padding_mask.dtype == torch.bool)
+        and torch.backends.mha.get_fastpath_enabled()
+        and not torch.is_autocast_enabled()
+        and not (
+            torch.is_grad_enabled()
+            and (query.requires_grad or any(p is not None and p.requires_grad for p in parameters))
+        )
     )
 
 
-def _takes(
+def _why_torch(
     module: nn.MultiheadAttention,
     query: Tensor,
     key: Tensor,
@@ -122,23 +142,31 @@ def _takes(
     need_weights: bool,
     attn_mask: Tensor | None,
     is_causal: bool,
-) -> bool:
-    if need_weights or query is not key or key is not value:
-        return False
-    # Sequence first is left to the stock path, whose output is contiguous in that order; its
-    # attention runs fused all the same.
-    if not _is_plain(query) or not (query.dim() == 2 or (query.dim() == 3 and module.batch_first)):
-        return False
-    if query.dtype not in _DTYPES or query.size(-1) != module.embed_dim:
-        return False
-    if is_causal and not _hint_is_decided(module, query, key_padding_mask, attn_mask):
-        return False
-    return (
-        _takes_module(module, query)
-        and _takes_masks(module, query, key_padding_mask, attn_mask)
-        and kernels_exist_for(query.device.type)
-        and not torch_backend_chosen(query.device.type)
-    )
+) -> str | None:
+    """Why the layer stays stock's, with fused attention in it where that is possible; or None."""
+    if need_weights:
+        return "torch: weights asked for (need_weights=True)"
+    # Sequence first is left to the stock path, whose output is contiguous in that order.
+    if (
+        query is not key
+        or key is not value
+        or not _is_plain(query)
+        or not (query.dim() == 2 or (query.dim() == 3 and module.batch_first))
+        or query.dtype not in _DTYPES
+        or query.size(-1) != module.embed_dim
+        or (is_causal and attn_mask is None)  # an error, or, in the fast path, no mask
+        or not _takes_module(module, query)
+        or not _takes_masks(module, query, key_padding_mask, attn_mask)
+    ):
+        return "torch: nn.MultiheadAttention with what self_attention does not take"
+    device = query.device.type
+    if not device_is_taken(device):
+        return "torch: CUDA tensors need enable(cuda=True)" if device == "cuda" else _NO_KERNELS
+    if torch_backend_chosen(device):
+        return "torch: sdpa_kernel(...) leaves out a backend of this device"
+    if graph_is_for_others():
+        return "torch: the graph is traced or exported to ONNX"
+    return None
 
 
 def _as_boolean_padding(key_padding_mask: Tensor) -> Tensor | None:
@@ -172,8 +200,9 @@ def _self_attention(
     batched = query.dim() == 3
     source = query if batched else query.unsqueeze(0)
     batch, length = source.size(0), source.size(1)
+    fast_path = _stock_takes_fast_path(module, query, key_padding_mask, attn_mask)
     # As in F.multi_head_attention_forward: beside padding attn_mask counts, not the hint.
-    is_causal = is_causal and key_padding_mask is None
+    is_causal = is_causal and key_padding_mask is None and not fast_path
     if is_causal:
         attn_mask = None
     elif attn_mask is not None:
@@ -202,12 +231,22 @@ def _self_attention(
         is_causal,
         key_padding_mask=key_padding_mask,
     )
-    return out if batched else out.squeeze(0)
+    if not batched:
+        return out.squeeze(0)
+    # Dropout draws its numbers in the order of memory: in another order than stock's the layers
+    # behind this one would drop other elements, eager and scripted.
+    if fast_path:
+        return out
+    out = out.transpose(0, 1)
+    if batch == 1 or length == 1:  # contiguous() would keep the stride of the one
+        out = out.reshape(batch * length, -1).view(length, batch, -1)
+    return out.contiguous().transpose(0, 1)
 
 
 def _routed(stock: Callable[..., Any]) -> Callable[..., Any]:
     """`stock`, the class's own forward, with self-attention taken out of it."""
-    takes, self_attention, routing = _takes, _self_attention, is_installed
+    why_torch, self_attention, routing = _why_torch, _self_attention, is_installed
+    record = _C.record_attention_path
 
     def forward(
         self: nn.MultiheadAttention,
@@ -220,10 +259,14 @@ def _routed(stock: Callable[..., Any]) -> Callable[..., Any]:
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        if routing() and takes(
-            self, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal
-        ):
-            return self_attention(self, query, key_padding_mask, attn_mask, is_causal), None
+        if routing():
+            reason = why_torch(
+                self, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal
+            )
+            if reason is None:
+                return self_attention(self, query, key_padding_mask, attn_mask, is_causal), None
+            if not torch.compiler.is_compiling():
+                record(reason)  # attention that runs fused inside says so afterwards
         return stock(
             self,
             query,

@@ -6,11 +6,14 @@
 
 #include <cstdint>
 #include <optional>
+#include <set>
 #include <string>
 #include <utility>
 
 #include "../kernels/cpu/cpu_isa.h"
+#include "attention/attention_path.h"
 #include "gradient_accumulation/worker_team.h"
+#include "sdpa_override/torch_backend_choice.h"
 
 namespace py = pybind11;
 
@@ -20,7 +23,7 @@ namespace {
 /// early.
 class ScopeHandle {
  public:
-  explicit ScopeHandle(bool on) : scope_(std::in_place, on) {}
+  ScopeHandle(bool on, bool cuda) : scope_(std::in_place, on, cuda) {}
   void close() { scope_.reset(); }
 
  private:
@@ -33,11 +36,11 @@ py::object& override_listener() {
   return *listener;
 }
 
-void notify_python(bool enabled) {
+void notify_python(bool enabled, bool cuda) {
   const py::gil_scoped_acquire gil;
   const py::object listener = override_listener();
   try {
-    listener(enabled);
+    listener(enabled, cuda);
   } catch (py::error_already_set& error) {
     // The switch has been flipped, whatever the listener makes of it.
     error.discard_as_unraisable("torch_ext's override listener");
@@ -107,6 +110,28 @@ void exit_scope(const py::object& self, const py::object& kind, const py::object
   }
 }
 
+// Never destroyed: as the listener.
+py::object& onnx_check() {
+  static auto* const check = new py::object(py::none());
+  return *check;
+}
+
+bool ask_python() {
+  const py::gil_scoped_acquire gil;
+  return onnx_check()().cast<bool>();
+}
+
+void set_onnx_check(py::object check) {
+  torch_ext::set_onnx_check(check.is_none() ? nullptr : &ask_python);
+  std::swap(onnx_check(), check);
+}
+
+/// Strings from Python, kept for as long as last_attention_path() may name them.
+void record_attention_path(const std::string& path) {
+  static auto* const kept = new std::set<std::string>();  // guarded by the GIL
+  torch_ext::record_attention_path(kept->insert(path).first->c_str());
+}
+
 /// torch_ext::run_on_team of a Python function. When one raises (Ctrl-C, anywhere in the caller's
 /// thread) `stop` makes the others return; then it is raised here, the first if there are several.
 bool run_on_team(std::int64_t workers, const py::object& task, const py::object& stop) {
@@ -145,16 +170,19 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       [](const std::string& name) { torch_ext::set_capability(torch_ext::parse_capability(name)); },
       py::arg("name"));
   m.def("last_attention_path", [] { return std::string(torch_ext::last_attention_path()); });
+  m.def("record_attention_path", &record_attention_path, py::arg("path"));
 
   // The switch is locked while its listener runs, and the listener takes the GIL: whoever waits for
   // the switch must not hold it.
   using Released = py::call_guard<py::gil_scoped_release>;
-  m.def("enable", &torch_ext::enable, Released());
+  m.def("enable", &torch_ext::enable, py::arg("cuda") = false, Released());
   m.def("disable", &torch_ext::disable, Released());
   m.def("is_enabled", &torch_ext::is_enabled);
+  m.def("is_cuda_enabled", &torch_ext::is_cuda_enabled);
+  m.def("set_onnx_check", &set_onnx_check, py::arg("check").none(true));
   m.def("set_override_listener", &set_override_listener, py::arg("listener").none(true));
   py::class_<ScopeHandle>(m, "EnabledScope")
-      .def(py::init<bool>(), py::arg("on") = true, Released())
+      .def(py::init<bool, bool>(), py::arg("on") = true, py::arg("cuda") = false, Released())
       .def("close", &ScopeHandle::close, Released());
 
   m.def("compute_alone", &torch_ext::compute_alone);

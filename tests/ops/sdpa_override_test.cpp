@@ -47,6 +47,23 @@ TEST(SdpaOverride, ScopesNestAndRestore) {
   EXPECT_FALSE(runs_fused(query));
 }
 
+TEST(SdpaOverride, TakesCudaTensorsOnlyWhereAskedTo) {
+  enable();
+  EXPECT_FALSE(is_cuda_enabled());
+  enable(/*cuda=*/true);
+  EXPECT_TRUE(is_cuda_enabled());
+  {
+    const EnabledScope inner;
+    EXPECT_TRUE(is_enabled());
+    EXPECT_FALSE(is_cuda_enabled());
+    const EnabledScope with_cuda(/*on=*/true, /*cuda=*/true);
+    EXPECT_TRUE(is_cuda_enabled());
+  }
+  EXPECT_TRUE(is_cuda_enabled());
+  disable();
+  EXPECT_FALSE(is_cuda_enabled());
+}
+
 TEST(SdpaOverride, TrainsLibTorchModules) {
   torch::nn::MultiheadAttention layer(torch::nn::MultiheadAttentionOptions(32, 4));
   const at::Tensor input = at::randn({7, 2, 32});  // (seq, batch, embed)

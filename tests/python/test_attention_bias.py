@@ -173,12 +173,12 @@ finders = list(sys.meta_path)
 torch_ext.enable()
 assert "torch.nn.attention.bias" not in sys.modules
 from torch.nn.attention.bias import CausalBias, causal_lower_right
-assert sys.meta_path == finders
 assert CausalBias._dispatch.__module__.startswith("torch_ext")
 q, k = torch.randn(1, 1, 2, 8), torch.randn(1, 1, 4, 8)
 torch.nn.functional.scaled_dot_product_attention(q, k, k, causal_lower_right(2, 4))
 assert torch_ext.last_attention_path().startswith("cpu.")
 torch_ext.disable()
 assert CausalBias._dispatch.__module__ == "torch.nn.attention.bias"
+assert sys.meta_path == finders
 """
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -128,7 +128,7 @@ def test_autocast(device: str) -> None:
 def test_the_switch_catches_the_device(device: str) -> None:
     tensors = [torch.randn(2, 3, 70, 64) for _ in range(3)]
     expected = F.scaled_dot_product_attention(*tensors)
-    with torch_ext.enabled():
+    with torch_ext.enabled(cuda=True):
         out = F.scaled_dot_product_attention(*tensors)
         assert torch_ext.last_attention_path().startswith(f"{device}.")
     assert_same_but_for_rounding(out, expected)
@@ -136,7 +136,7 @@ def test_the_switch_catches_the_device(device: str) -> None:
 
 def test_a_backend_chosen_by_name_stays_torchs(device: str) -> None:
     tensors = [torch.randn(2, 3, 70, 64) for _ in range(3)]
-    with torch_ext.enabled(), sdpa_kernel(SDPBackend.MATH):
+    with torch_ext.enabled(cuda=True), sdpa_kernel(SDPBackend.MATH):
         F.scaled_dot_product_attention(*tensors)
         assert not torch_ext.last_attention_path().startswith(f"{device}.")
 
@@ -148,7 +148,7 @@ def test_packed_layers(device: str, dtype: torch.dtype) -> None:
     padding = torch.zeros(2, 33, dtype=torch.bool)
     padding[1, 20:] = True
     expected = layer(x, src_key_padding_mask=padding)
-    with torch_ext.enabled():
+    with torch_ext.enabled(cuda=True):
         out = layer(x, src_key_padding_mask=padding)
     kept = ~padding
     assert_same_but_for_rounding(out[kept], expected[kept])

@@ -1,7 +1,8 @@
 """is_causal in the nn modules is a hint about the mask: stock's results, also where it is wrong.
 
 torch believes the hint in some paths and reads the mask in others. Over the whole grid of masks,
-padding and modes the drop-in gives stock's values, and stock's errors.
+padding and modes the drop-in gives stock's values, and stock's errors. In float64: rounding is far
+below anything that a mask could do.
 """
 
 from __future__ import annotations
@@ -13,12 +14,22 @@ from typing import Any
 
 import pytest
 import torch
-from rounding_bounds import assert_same_but_for_rounding
 from torch import Tensor, nn
 
 import torch_ext
 
 BATCH, LENGTH, SOURCE, EMBED, HEADS = 2, 6, 5, 16, 2
+TOLERANCE = 1e-9
+OPTIONS = {"dropout": 0.0, "activation": "gelu"}
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(1)
+    yield
+    torch.set_default_dtype(before)
 
 
 def causal(q_len: int = LENGTH, kv_len: int = LENGTH) -> Tensor:
@@ -83,13 +94,12 @@ def compare(call: Callable[[], Tensor], module: nn.Module, where: Any) -> None:
     assert len(ours) == len(stock), where
     for mine, theirs in zip(ours, stock, strict=True):
         scale = max(1.0, theirs.abs().max().item())
-        assert (mine - theirs).abs().max().item() <= 1e-5 * scale, where
+        assert (mine - theirs).abs().max().item() <= TOLERANCE * scale, where
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_multi_head_self_attention(batch_first, need_weights):
-    torch.manual_seed(1)
     layer = nn.MultiheadAttention(EMBED, HEADS, batch_first=batch_first)
     x = torch.randn(BATCH, LENGTH, EMBED) if batch_first else torch.randn(LENGTH, BATCH, EMBED)
     for (name, mask), hint, padded, training, grad in itertools.product(
@@ -109,7 +119,6 @@ def test_multi_head_self_attention(batch_first, need_weights):
 
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_multi_head_cross_attention(batch_first):
-    torch.manual_seed(1)
     layer = nn.MultiheadAttention(EMBED, HEADS, batch_first=batch_first)
     query, memory = torch.randn(BATCH, LENGTH, EMBED), torch.randn(BATCH, SOURCE, EMBED)
     if not batch_first:
@@ -130,7 +139,6 @@ def test_multi_head_cross_attention(batch_first):
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_unbatched_and_frozen(frozen):
-    torch.manual_seed(1)
     layer = nn.MultiheadAttention(EMBED, HEADS, batch_first=True).requires_grad_(not frozen)
     for x, requires_grad, hint, training in itertools.product(
         (torch.randn(LENGTH, EMBED), torch.randn(1, LENGTH, EMBED)), *[(True, False)] * 3
@@ -147,8 +155,7 @@ def test_unbatched_and_frozen(frozen):
 
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_encoder_layer(batch_first):
-    torch.manual_seed(1)
-    layer = nn.TransformerEncoderLayer(EMBED, HEADS, 32, dropout=0.0, batch_first=batch_first)
+    layer = nn.TransformerEncoderLayer(EMBED, HEADS, 32, **OPTIONS, batch_first=batch_first)
     x = torch.randn(BATCH, LENGTH, EMBED) if batch_first else torch.randn(LENGTH, BATCH, EMBED)
     for (name, mask), hint, padded, training, grad in itertools.product(
         masks().items(), *[(True, False)] * 4
@@ -165,8 +172,7 @@ def test_encoder_layer(batch_first):
 
 @pytest.mark.parametrize("nested", [True, False])
 def test_encoder(nested):
-    torch.manual_seed(1)
-    layer = nn.TransformerEncoderLayer(EMBED, HEADS, 32, dropout=0.0, batch_first=True)
+    layer = nn.TransformerEncoderLayer(EMBED, HEADS, 32, **OPTIONS, batch_first=True)
     encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested)
     x = torch.randn(BATCH, LENGTH, EMBED)
     real = ~padding(None)
@@ -186,8 +192,7 @@ def test_encoder(nested):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_decoder(training):
-    torch.manual_seed(1)
-    layer = nn.TransformerDecoderLayer(EMBED, HEADS, 32, dropout=0.0, batch_first=True)
+    layer = nn.TransformerDecoderLayer(EMBED, HEADS, 32, **OPTIONS, batch_first=True)
     decoder = nn.TransformerDecoder(layer, 2).train(training)
     target, memory = torch.randn(BATCH, LENGTH, EMBED), torch.randn(BATCH, SOURCE, EMBED)
     memory_masks = masks(LENGTH, SOURCE)
@@ -212,7 +217,6 @@ def test_decoder(training):
 
 
 def test_compiled(fresh_dynamo):
-    torch.manual_seed(1)
     layer = nn.MultiheadAttention(EMBED, HEADS, batch_first=True)
     x = torch.randn(BATCH, LENGTH, EMBED)
     for mask, padded, training in itertools.product(
@@ -229,4 +233,4 @@ def test_compiled(fresh_dynamo):
         expected = call()
         with torch_ext.enabled():
             out = torch.compile(call, backend="eager")()
-        assert_same_but_for_rounding(out, expected)
+        torch.testing.assert_close(out, expected, atol=TOLERANCE, rtol=0.0)

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from rounding_bounds import assert_same_but_for_rounding
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import torch_ext
 
@@ -198,22 +197,6 @@ def test_torch_func_transforms():
         stock = transform(*inputs)
         with torch_ext.enabled():
             assert_same_but_for_rounding(transform(*inputs), stock)
-
-
-def test_sdpa_kernel_keeps_choosing_torchs_backends():
-    inputs = qkv(1, 2, 16, 8)
-    math_is_chosen = "torch: a backend is chosen"
-    with torch_ext.enabled():
-        assert attention_path(*inputs).startswith("cpu.")
-        with sdpa_kernel(SDPBackend.MATH):
-            assert attention_path(*inputs).startswith(math_is_chosen)
-            with sdpa_kernel([SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]):
-                assert attention_path(*inputs).startswith(math_is_chosen)
-        assert attention_path(*inputs).startswith("cpu.")
-        with sdpa_kernel(SDPBackend.MATH):
-            chosen = F.scaled_dot_product_attention(*inputs)
-    with sdpa_kernel(SDPBackend.MATH):
-        assert torch.equal(chosen, F.scaled_dot_product_attention(*inputs))
 
 
 def test_nested_and_meta_tensors_keep_torchs_kernels():

@@ -197,7 +197,7 @@ def train(variant: Variant, options: Options) -> RunResult:
     device = check_device(options)
     corpus = load_corpus(options.text, options.seq_len)
     memory = PeakMemory(device)
-    with torch_ext.enabled() if variant.fused_attention else contextlib.nullcontext():
+    with torch_ext.enabled(cuda=True) if variant.fused_attention else contextlib.nullcontext():
         trainer = Trainer(variant, options, corpus, device)
         generator = torch.Generator().manual_seed(options.seed)
         losses: list[float] = []

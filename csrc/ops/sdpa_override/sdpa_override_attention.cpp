@@ -16,7 +16,7 @@ constexpr std::int64_t kMaxDims = 7;
 // Null where the call is torch_ext's.
 const char* why_torch(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                       const OptionalTensor& attn_mask) {
-  if (torch_backend_chosen(query)) return kBackendChosen;
+  if (const char* reason = why_device_is_torchs(query)) return reason;
   for (const at::Tensor* tensor : {&query, &key, &value}) {
     if (!is_plain_floating(*tensor)) return kUnsupportedTensor;
     if (tensor->device() != query.device()) return kMixedDevices;
@@ -47,15 +47,13 @@ void override_attention(std::vector<torch::Library>& libraries) {
   // torch's kernel is composite: with ours at the backend key alone, the Autograd keys would no
   // longer fall to it, so both need ours. It decides nothing itself: autograd belongs to the
   // operators that it calls.
-  const auto add = [&libraries](c10::DispatchKey key) {
+  // Where a device or a layout is torch's altogether, the override says so and goes on.
+  for (const c10::DispatchKey key :
+       {c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU, c10::DispatchKey::CUDA,
+        c10::DispatchKey::AutogradCUDA, c10::DispatchKey::NestedTensorCPU,
+        c10::DispatchKey::NestedTensorCUDA, c10::DispatchKey::AutogradNestedTensor}) {
     libraries.emplace_back(torch::Library::IMPL, "aten", key, __FILE__, __LINE__);
     libraries.back().impl("scaled_dot_product_attention", TORCH_FN(fused_attention));
-  };
-  add(c10::DispatchKey::CPU);
-  add(c10::DispatchKey::AutogradCPU);
-  if (has_kernels_for(c10::kCUDA)) {
-    add(c10::DispatchKey::CUDA);
-    add(c10::DispatchKey::AutogradCUDA);
   }
 }
 

@@ -95,10 +95,10 @@ SelfAttentionMasks masks_of(const OptionalTensor& mask, std::optional<std::int64
 }
 
 // Null where the call is torch_ext's. takes: whether its arguments are.
-const char* why_torch(const at::Tensor& query, bool takes) {
-  if (torch_backend_chosen(query)) return kBackendChosen;
-  return takes ? nullptr
-               : "torch: weights asked for, or arguments that self_attention does not take";
+const char* why_torch(const at::Tensor& query, bool need_weights, bool takes) {
+  if (need_weights) return kWeightsAskedFor;
+  if (const char* reason = why_device_is_torchs(query)) return reason;
+  return takes ? nullptr : "torch: nn.MultiheadAttention with what self_attention does not take";
 }
 
 at::Tensor self_attention_of(const at::Tensor& input, const at::Tensor& qkv_weight,
@@ -129,12 +129,12 @@ std::tuple<at::Tensor, at::Tensor> dense_multi_head_attention(
     bool need_weights, bool average_attn_weights, std::optional<std::int64_t> mask_type) {
   const at::Tensor* given_mask = given(mask);
   const bool fused =
-      !need_weights && key.is_same(query) && value.is_same(query) && is_plain_floating(query) &&
-      query.dim() == 3 && query.size(2) == embed_dim &&
+      key.is_same(query) && value.is_same(query) && is_plain_floating(query) && query.dim() == 3 &&
+      query.size(2) == embed_dim &&
       takes_parameters(query, qkv_weight, qkv_bias, proj_weight, proj_bias) &&
       takes_shapes(embed_dim, num_heads, qkv_weight, qkv_bias, proj_weight, proj_bias) &&
       (given_mask == nullptr || takes_mask(query, num_heads, *given_mask, mask_type));
-  if (const char* reason = why_torch(query, fused)) {
+  if (const char* reason = why_torch(query, need_weights, fused)) {
     record_attention_path(reason);
     return torch_multi_head_attention(query, key, value, embed_dim, num_heads, qkv_weight, qkv_bias,
                                       proj_weight, proj_bias, mask, need_weights,
@@ -159,15 +159,15 @@ std::tuple<at::Tensor, at::Tensor> nested_multi_head_attention(
     bool need_weights, bool average_attn_weights, std::optional<std::int64_t> mask_type) {
   const at::ScalarType dtype = query.scalar_type();
   const bool fused =
-      !need_weights && key.is_same(query) && value.is_same(query) && query.is_nested() &&
-      query.dim() == 3 && query.numel() > 0 && query.is_contiguous() &&
+      key.is_same(query) && value.is_same(query) && query.is_nested() && query.dim() == 3 &&
+      query.numel() > 0 && query.is_contiguous() &&
       (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf ||
        dtype == at::kDouble) &&
       at::native::get_nested_tensor_impl(query)->opt_size(2) == embed_dim &&
       given(mask) == nullptr &&
       takes_parameters(query, qkv_weight, qkv_bias, proj_weight, proj_bias) &&
       takes_shapes(embed_dim, num_heads, qkv_weight, qkv_bias, proj_weight, proj_bias);
-  if (const char* reason = why_torch(query, fused)) {
+  if (const char* reason = why_torch(query, need_weights, fused)) {
     record_attention_path(reason);
     return torch_multi_head_attention(query, key, value, embed_dim, num_heads, qkv_weight, qkv_bias,
                                       proj_weight, proj_bias, mask, need_weights,

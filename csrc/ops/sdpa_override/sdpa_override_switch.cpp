@@ -16,26 +16,30 @@ namespace {
 struct Setting {
   std::uint64_t scope;
   bool on;
+  bool cuda;
 };
 
 class OverrideSwitch {
  public:
   bool is_on() const noexcept { return on_.load(std::memory_order_acquire); }
+  bool is_cuda_on() const noexcept { return cuda_on_.load(std::memory_order_acquire); }
 
-  void set(bool on) {
+  void set(bool on, bool cuda) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    const bool before = std::exchange(settings_.back().on, on);
+    const Setting before = settings_.back();
+    settings_.back().on = on;
+    settings_.back().cuda = cuda;
     try {
       apply();
     } catch (...) {
-      settings_.back().on = before;
+      settings_.back() = before;
       throw;
     }
   }
 
-  std::uint64_t open_scope(bool on) {
+  std::uint64_t open_scope(bool on, bool cuda) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    settings_.push_back({++last_scope_, on});
+    settings_.push_back({++last_scope_, on, cuda});
     try {
       apply();
     } catch (...) {
@@ -61,26 +65,29 @@ class OverrideSwitch {
  private:
   void apply() {
     const bool on = settings_.back().on;
-    if (on == is_on()) return;
-    if (on) {
+    const bool cuda = on && settings_.back().cuda;
+    if (on == is_on() && cuda == is_cuda_on()) return;
+    if (on && !is_on()) {
       std::vector<torch::Library> libraries;
       override_attention(libraries);
       override_multi_head_attention(libraries);
       libraries_ = std::move(libraries);
-    } else {
+    } else if (!on) {
       // Calls already past the dispatcher finish: the kernels are plain functions, so a library
       // that goes away frees nothing that they use.
       libraries_.clear();
     }
     on_.store(on, std::memory_order_release);
-    if (listener_ != nullptr) listener_(on);
+    cuda_on_.store(cuda, std::memory_order_release);
+    if (listener_ != nullptr) listener_(on, cuda);
   }
 
   std::mutex mutex_;
   // The setting outside every scope, then those of the open scopes, oldest first.
-  std::vector<Setting> settings_{{0, false}};
+  std::vector<Setting> settings_{{0, false, false}};
   std::uint64_t last_scope_ = 0;
   std::atomic<bool> on_{false};
+  std::atomic<bool> cuda_on_{false};
   std::vector<torch::Library> libraries_;
   OverrideListener listener_ = nullptr;
 };
@@ -93,13 +100,15 @@ OverrideSwitch& override_switch() {
 
 }  // namespace
 
-void enable() { override_switch().set(true); }
+void enable(bool cuda) { override_switch().set(true, cuda); }
 
-void disable() { override_switch().set(false); }
+void disable() { override_switch().set(false, false); }
 
 bool is_enabled() noexcept { return override_switch().is_on(); }
 
-EnabledScope::EnabledScope(bool on) : id_(override_switch().open_scope(on)) {}
+bool is_cuda_enabled() noexcept { return override_switch().is_cuda_on(); }
+
+EnabledScope::EnabledScope(bool on, bool cuda) : id_(override_switch().open_scope(on, cuda)) {}
 
 EnabledScope::~EnabledScope() { override_switch().close_scope(id_); }
 
