@@ -181,6 +181,7 @@ class GradientAccumulator:
         Hooks and ``torch.autograd.grad`` work inside as ever. What ``.grad`` held before it holds
         again afterwards. A micro-batch that ends with an exception leaves no trace, unless its
         backward had begun to add to the sums of earlier ones: then ``reset()`` has to be called.
+        Ctrl-C is such an exception, wherever it comes.
         """
         return MicroBatch(self, weight)
 
@@ -235,7 +236,8 @@ class GradientAccumulator:
         """Normalises, clips, steps the optimizer, and starts a new window.
 
         Nothing waits for the device. A gradient that is not finite skips the step, its counters
-        included, and starts a new window all the same.
+        included, and starts a new window all the same. So does an exception that comes after the
+        optimizer has begun (Ctrl-C); one that comes before leaves the window as it was.
 
         Args:
             scaler: the ``torch.amp.GradScaler`` that scaled the losses. Its ``update()`` is still

@@ -49,6 +49,7 @@ def parallel_micro_batches(
             model (running statistics).
 
     What ``loss_fn`` raises is raised here, with its traceback; the accumulator is then as it was.
+    After Ctrl-C too, unless all micro-batches were done: then it has them all.
     Hooks on parameters see their gradients as ever, but nothing is put into ``.grad``: hooks that
     look there (``register_post_accumulate_grad_hook``) are not called. Checkpointing has to be the
     kind with ``use_reentrant=False``.
