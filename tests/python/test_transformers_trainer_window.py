@@ -32,9 +32,7 @@ class _Clipping(Callback):  # type: ignore[misc]
         args.max_grad_norm = self._norms[state.global_step]
 
 
-@pytest.mark.parametrize(
-    "norms", [[0.5, 0.05, 0.005, 1e9], [0.01, 0.0, 0.01, 0.0], [0.0, 0.01, 0.01, 0.01]]
-)
+@pytest.mark.parametrize("norms", [[0.5, 0.05, 0.0, 1e9], [0.0, 0.01, 0.0, 0.02]])
 def test_a_callback_changes_max_grad_norm(tmp_path: Path, norms: list[float]) -> None:
     assert_same(*_both(tmp_path, callbacks=lambda: _Clipping(norms), max_steps=4, **_SGD))
 
@@ -59,8 +57,10 @@ class _Reading(Callback):  # type: ignore[misc]
         self._seen.append([None if grad is None else grad.clone() for grad in grads])
 
 
-@pytest.mark.parametrize("event", ["on_pre_optimizer_step", "on_optimizer_step"])
-@pytest.mark.parametrize("optimizer", ["adamw_torch", "adafactor"])
+@pytest.mark.parametrize(
+    ("event", "optimizer"),
+    [("on_pre_optimizer_step", "adafactor"), ("on_optimizer_step", "adamw_torch")],
+)
 def test_callbacks_read_grad(tmp_path: Path, event: str, optimizer: str) -> None:
     seen: list[list[list[Tensor | None]]] = []
 
@@ -106,11 +106,15 @@ def _drop_vectors(param: nn.Parameter) -> None:
 
 
 @pytest.mark.parametrize(
-    "edit",
-    [_zero_half, _past_the_version_counter, _replace, _drop_vectors],
-    ids=lambda f: f.__name__,
+    ("edit", "optimizer"),
+    [
+        (_zero_half, "sgd"),
+        (_zero_half, "adafactor"),
+        (_past_the_version_counter, "sgd"),
+        (_replace, "adafactor"),
+        (_drop_vectors, "sgd"),
+    ],
 )
-@pytest.mark.parametrize("optimizer", ["sgd", "adafactor"])
 def test_callbacks_edit_grad(
     tmp_path: Path, edit: Callable[[nn.Parameter], None], optimizer: str
 ) -> None:
@@ -208,8 +212,10 @@ class _OursFailingOutside(_Failing, AccumulatingTrainer):
     pass
 
 
-@pytest.mark.parametrize("ours", [_OursFailingInside, _OursFailingOutside])
-@pytest.mark.parametrize("fails_at", [0, 1, 5])
+@pytest.mark.parametrize(
+    ("ours", "fails_at"),
+    [(_OursFailingInside, 1), (_OursFailingOutside, 0), (_OursFailingOutside, 5)],
+)
 def test_auto_find_batch_size_starts_anew(tmp_path: Path, ours: Any, fails_at: int) -> None:
     trainers = []
     for kind in (ours, _FailingInside):
@@ -308,10 +314,8 @@ class _PlainLosses(nn.Module):
         {"plain": True},
         {"label_smoothing_factor": 0.2},
         {"trainer": {"eval_dataset": examples(4)}, "eval_strategy": "steps", "eval_steps": 1},
-        {"average_tokens_across_devices": False},
-        {"lr_scheduler_type": "cosine", "warmup_steps": 1},
     ],
-    ids=["own loss", "plain loss", "smoothing", "evaluation", "tokens of one device", "schedule"],
+    ids=["own loss", "plain loss", "smoothing", "evaluation"],
 )
 def test_losses_over_epochs_with_leftovers(tmp_path: Path, case: dict[str, Any]) -> None:
     case = dict(case)
