@@ -162,12 +162,15 @@ def _largest(tensor: Tensor) -> float:
 
 def judge(model_type: str) -> Verdict:
     """Builds the first class of the type that runs under eager or sdpa, and compares."""
+    reason = "no class of its own among the auto classes"
+    classes = model_classes(model_type)
+    if not classes:
+        return Verdict(model_type, "not built", reason=reason)
     try:
         config = tiny_configuration(model_type)
     except Exception as error:
         return Verdict(model_type, "not built", reason=f"configuration: {_short(error)}")
-    reason = "no class of its own among the auto classes"
-    for model_class in model_classes(model_type):
+    for model_class in classes:
         name = model_class.__name__
         try:
             with torch.device("meta"):

@@ -74,6 +74,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "mobilebert": {"true_hidden_size": HIDDEN, "intra_bottleneck_size": HIDDEN},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "nemotron": {"head_dim": HEAD_DIM},
     "hunyuan_v1_moe": {"head_dim": HEAD_DIM, "moe_topk": 2, "num_experts": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
