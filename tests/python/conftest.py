@@ -23,6 +23,26 @@ def _seeded() -> None:
     torch.manual_seed(20240607)
 
 
+def _process_state() -> dict[str, object]:
+    return {
+        "drop-in": torch_ext.is_enabled(),
+        "instruction set": torch_ext._C.cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "default dtype": torch.get_default_dtype(),
+        "gradients": torch.is_grad_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "float32 products": torch.get_float32_matmul_precision(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def _leaves_the_process_as_it_was() -> Iterator[None]:
+    """What one test sets, the next one does not see: tests pass alone and in any order."""
+    before = _process_state()
+    yield
+    assert _process_state() == before
+
+
 def devices() -> tuple[str, ...]:
     """The devices whose kernels this build and this machine have."""
     has_kernels = torch._C._dispatch_has_kernel_for_dispatch_key("torch_ext::grad_stats", "CUDA")

@@ -78,15 +78,21 @@ def assert_same_but_for_rounding(
     actual: Tensor | Sequence[Tensor],
     expected: Tensor | Sequence[Tensor],
     dtype: torch.dtype | None = None,
+    amplified: float = 1.0,
 ) -> None:
-    """Tensors or sequences of them; dtype: the coarsest on the way to actual, None: actual's."""
+    """Tensors or sequences of them.
+
+    Args:
+        dtype: the coarsest on the way to actual; None: actual's.
+        amplified: by how much what follows the operators enlarges their roundings.
+    """
     if isinstance(actual, Tensor) and isinstance(expected, Tensor):
         actual, expected = [actual], [expected]
     least = OPERATOR_ZERO_SHARE * max((_root_mean_square(t) for t in expected), default=0.0)
     for index, (mine, other) in enumerate(zip(actual, expected, strict=True)):
         assert mine.shape == other.shape, f"{index}: {mine.shape} and {other.shape}"
         difference = relative_error(mine, other, least * other.numel() ** 0.5)
-        bound = same_but_for_rounding(dtype or mine.dtype)
+        bound = amplified * same_but_for_rounding(dtype or mine.dtype)
         assert difference <= bound, f"{index}: they differ by {difference:.3g}, bound {bound:.3g}"
 
 

@@ -88,10 +88,15 @@ def logged(trainer: transformers.Trainer, name: str) -> list[float]:
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
+# AdamW divides a gradient by its own size: an entry near zero is all rounding, and three steps of a
+# learning rate of 1e-2 bring it into the rest. A third of the bound without the factor was seen.
+TRAINING_AMPLIFIES = 8.0
+
+
 def assert_same(ours: transformers.Trainer, stock: transformers.Trainer) -> None:
     for name in ("loss", "grad_norm"):
         values = (torch.tensor(logged(trainer, name)) for trainer in (ours, stock))
-        assert_same_but_for_rounding(*values)
+        assert_same_but_for_rounding(*values, amplified=TRAINING_AMPLIFIES)
     assert logged(ours, "learning_rate") == logged(stock, "learning_rate")
     parameters = (list(trainer.model.parameters()) for trainer in (ours, stock))
-    assert_same_but_for_rounding(*parameters)
+    assert_same_but_for_rounding(*parameters, amplified=TRAINING_AMPLIFIES)
