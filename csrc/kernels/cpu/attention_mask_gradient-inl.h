@@ -35,6 +35,7 @@ struct MaskGradient {
 
   /// sum[query][key] += dS, along whatever dimensions the mask has.
   void add(const BackwardScratch<Policy>& scratch, const ScoreBlock<Policy>& block) const {
+    if (plan.mask_rows == 1 && plan.mask_cols > 1) return add_to_row(scratch, block);
     for (std::int64_t i = 0; i < block.queries; ++i) {
       const T* grad_score = scratch.grad_score + i * plan.key_tile;
       T* sum = block.mask_sum + (plan.mask_rows == 1 ? 0 : i * plan.mask_cols);
@@ -53,6 +54,20 @@ struct MaskGradient {
             target, kNativeType<Policy>, 1, count,
             load_elements<T>(target, kNativeType<Policy>, 1, count) + load<T>(grad_score + key));
       }
+    }
+  }
+
+  /// The same of a mask that all queries share: the block's sum by itself, then added.
+  void add_to_row(const BackwardScratch<Policy>& scratch, const ScoreBlock<Policy>& block) const {
+    for (std::int64_t key = 0; key < block.keys; key += kLanes) {
+      Vec<T> total{};
+      for (std::int64_t i = 0; i < block.queries; ++i) {
+        total += load<T>(scratch.grad_score + i * plan.key_tile + key);
+      }
+      const std::int64_t count = block.keys - key;
+      T* target = block.mask_sum + block.first_key + key;
+      store_elements<T>(target, kNativeType<Policy>, 1, count,
+                        load_elements<T>(target, kNativeType<Policy>, 1, count) + total);
     }
   }
 

@@ -1,7 +1,9 @@
 // The one micro-kernel behind all seven products of attention:
 //   C[i][lanes] (+)= sum over k of A(i, k) * B[k][lanes],
 // with A's scalars broadcast from wherever they lie and B and C rows of vectors. A contraction
-// policy says what one step consumes: a float, a double, or a pair of bf16.
+// policy says what one step consumes: a float, a double, or a pair of bf16. The sum starts from 0
+// and is then added: a sum over thousands of keys comes in blocks, and its error grows with the
+// length of a block and the number of them, not with their product.
 
 struct FloatContraction {
   using Compute = float;  // accumulators, softmax
@@ -9,6 +11,7 @@ struct FloatContraction {
   static constexpr int kDepth = 1;
   static constexpr int kForwardExp2Degree = 5;
   TORCH_EXT_INLINE void step(FloatVector& sum, float a, FloatVector b) { sum += a * b; }
+  TORCH_EXT_INLINE void step(FloatVector& sum, FloatVector a, FloatVector b) { sum += a * b; }
 };
 
 struct DoubleContraction {
@@ -17,6 +20,7 @@ struct DoubleContraction {
   static constexpr int kDepth = 1;
   static constexpr int kForwardExp2Degree = 11;
   TORCH_EXT_INLINE void step(DoubleVector& sum, double a, DoubleVector b) { sum += a * b; }
+  TORCH_EXT_INLINE void step(DoubleVector& sum, DoubleVector a, DoubleVector b) { sum += a * b; }
 };
 
 #if defined(TORCH_EXT_HAS_BF16_DOT)
@@ -28,6 +32,9 @@ struct Bf16PairContraction {
   static constexpr int kForwardExp2Degree = 3;
   TORCH_EXT_INLINE void step(FloatVector& sum, std::uint32_t a, Uint32Vector b) {
     sum = bf16_pair_dot(sum, a - Uint32Vector{}, b);
+  }
+  TORCH_EXT_INLINE void step(FloatVector& sum, Uint32Vector a, Uint32Vector b) {
+    sum = bf16_pair_dot(sum, a, b);
   }
 };
 #endif
@@ -63,7 +70,7 @@ TORCH_EXT_INLINE void contract_tile(std::int64_t depth, LeftOperand<Policy> left
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) {
-      sum[i][j] = kAccumulate ? load<Compute>(out + i * out_stride + j * kLanes) : Vec<Compute>{};
+      sum[i][j] = Vec<Compute>{};
     }
   }
   const Scalar* a = left.data;
@@ -86,7 +93,8 @@ TORCH_EXT_INLINE void contract_tile(std::int64_t depth, LeftOperand<Policy> left
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) {
-      store<Compute>(out + i * out_stride + j * kLanes, sum[i][j]);
+      Compute* const target = out + i * out_stride + j * kLanes;
+      store<Compute>(target, kAccumulate ? load<Compute>(target) + sum[i][j] : sum[i][j]);
     }
   }
 }
