@@ -93,22 +93,6 @@ TEST_P(AttentionBackward, ManyChunksOfManyQueries) {
   }
 }
 
-TEST_P(AttentionBackward, ScoresOfTenThousands) {
-  for (const ScalarType dtype : kAllDtypes) {
-    // As in the forward pass; the weights are 0 or 1 but for rounding.
-    check_cases(kernel(),
-                {{.dtype = dtype,
-                  .q_len = 40,
-                  .kv_len = 150,
-                  .head_dim = 24,
-                  .magnitude = 55.0,
-                  .tolerance_factor = dtype == ScalarType::kFloat32   ? 400.0
-                                      : dtype == ScalarType::kFloat64 ? 100.0
-                                                                      : 16.0}},
-                false);
-  }
-}
-
 TEST_P(AttentionBackward, RowsWithoutKeysHaveNoGradient) {
   for (const ScalarType dtype : kAllDtypes) {
     for (const AttentionMaskKind kind :
@@ -148,40 +132,6 @@ TEST_P(AttentionBackward, NothingAttendedGivesZeros) {
       if (problem.grad_mask) gradients.push_back(&problem.grad_mask);
       for (const StridedTensor* gradient : gradients) {
         for (const double value : gradient->values()) ASSERT_EQ(value, 0.0) << describe(spec);
-      }
-    }
-  }
-}
-
-TEST_P(AttentionBackward, RowsOfHugeNegativeMasksStayBounded) {
-  // The logsumexp of such a row, rounded to a multiple of 64 and more, says nothing of its weights;
-  // that must not make them exceed 1 by powers of two.
-  for (const auto& [dtype, excluded] : {std::pair{ScalarType::kFloat32, -3.4028234663852886e38},
-                                        {ScalarType::kFloat32, -1e30},
-                                        {ScalarType::kFloat32, -1e15},
-                                        {ScalarType::kFloat32, -3e9},
-                                        {ScalarType::kFloat32, -1e9},
-                                        {ScalarType::kFloat32, -1e8},
-                                        {ScalarType::kFloat32, -1e7},
-                                        {ScalarType::kFloat64, -1.7976931348623157e308},
-                                        {ScalarType::kFloat64, -1e18},
-                                        {ScalarType::kBFloat16, -3.3895313892515355e38},
-                                        {ScalarType::kBFloat16, -1e9},
-                                        {ScalarType::kFloat16, -65504.0}}) {
-    for (const double shift : {0.0, 1.0, 3.0}) {
-      AttentionProblem problem({.dtype = dtype,
-                                .q_len = 50,
-                                .kv_len = 80,
-                                .mask = {.kind = AttentionMaskKind::kAdditive,
-                                         .pattern = MaskPattern::kHalfRows,
-                                         .dtype = dtype,
-                                         .excluded = excluded * (1.0 - 0.01 * shift)}});
-      run(problem);
-      for (const StridedTensor* gradient :
-           {&problem.grad_query, &problem.grad_key, &problem.grad_value}) {
-        for (const double value : gradient->values()) {
-          ASSERT_LE(std::fabs(value), 2000.0) << describe(problem.spec);
-        }
       }
     }
   }

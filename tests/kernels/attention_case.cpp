@@ -139,6 +139,7 @@ std::string describe(const AttentionCase& spec) {
   if (spec.has_grad_logsumexp) text << " grad_logsumexp";
   if (spec.wants_grad_mask) text << " grad_mask";
   if (spec.unrounded_grads) text << " unrounded";
+  if (spec.magnitude != 1.0) text << " magnitude " << spec.magnitude;
   if (spec.guard == GuardSide::kFront) text << " guard front";
   text << " seed " << spec.seed;
   return text.str();
@@ -285,6 +286,12 @@ void AttentionProblem::make_outputs() {
     grad_mask = StridedTensor(accumulation, extent(shape.query_heads, shape.q_len, shape.kv_len),
                               Layout::kBhsd, spec.guard, spec.mask.broadcast);
   }
+}
+
+AttentionProblem AttentionProblem::with_new_outputs() const {
+  AttentionProblem result = *this;
+  result.make_outputs();
+  return result;
 }
 
 AttentionProblem AttentionProblem::as_float64() const {

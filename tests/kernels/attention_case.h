@@ -58,7 +58,7 @@ struct AttentionCase {
   bool unrounded_grads = false;  // of query, key and value: float for 16-bit types; not packed
   bool forward_only = false;
   double magnitude = 1.0;         // standard deviation of query and key
-  double tolerance_factor = 1.0;  // on the error bounds of the dtype
+  double tolerance_factor = 1.0;  // on the error bounds of the dtype; not for large scores
 };
 
 /// "f32 q8 kv8 d16 ..." with what differs from the default.
@@ -71,6 +71,8 @@ class AttentionProblem {
 
   /// The same inputs in float64, contiguous, for the reference; the masks are shared.
   AttentionProblem as_float64() const;
+  /// The same inputs, outputs of its own.
+  AttentionProblem with_new_outputs() const;
 
   AttentionForwardParams forward_params() const;
   AttentionBackwardParams backward_params() const;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -24,9 +25,14 @@ ErrorBound gradient_bound(ScalarType dtype);
 
 /// Expects `actual` within the bound of `expected`. `rounding_scale` is the typical size of the
 /// terms that an element sums up: where they cancel, the error is relative to them instead. NaN and
-/// infinities must be where they are expected.
+/// infinities must be where they are expected. What large scores round to makes every result worse;
+/// beyond the bound an error is compared with those of `others`, results by other orders of the
+/// same operations: at most kErrorFactor times the largest.
+using OtherResults = std::function<std::vector<std::vector<double>>()>;
+inline constexpr double kErrorFactor = 6.0;
 void expect_close(const std::string& what, const std::vector<double>& actual,
-                  const std::vector<double>& expected, ErrorBound bound, double rounding_scale);
+                  const std::vector<double>& expected, ErrorBound bound, double rounding_scale,
+                  const OtherResults& others);
 
 /// Runs the forward kernel in a workspace of exactly the bytes it asked for, filled with NaN, and
 /// expects nothing to change but `problem.out` and `problem.logsumexp`. Returns the path.

@@ -14,6 +14,8 @@
 #include "attention_forward-inl.h"
 #include "attention_decode-inl.h"
 #include "attention_score_gradient-inl.h"
+#include "attention_score_blocks-inl.h"
+#include "attention_row_statistics-inl.h"
 #include "attention_mask_gradient-inl.h"
 #include "attention_backward-inl.h"
 #include "attention_entry-inl.h"

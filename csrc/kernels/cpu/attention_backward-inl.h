@@ -18,8 +18,10 @@ struct BackwardKernel {
   char* workspace;
   DropoutState dropout;
   MaskGradient<Policy> mask_gradient{params, plan, workspace};
-
-  static constexpr T kLowestLogsumexp = static_cast<T>(sizeof(T) == 8 ? -1e16 : -1e8);
+  ScoreBlocks<Policy> blocks{params, plan, mask_map};
+  RowStatistics<Policy> statistics{params, plan, blocks, dropout, workspace};
+  /// Some logsumexp is too large to be taken at its word.
+  bool has_statistics = statistics.any_uncertain(0, statistics.rows());
 
   std::int64_t group() const { return params.shape.group(); }
 
@@ -48,49 +50,66 @@ struct BackwardKernel {
         area.take<char>(staged_rows_bytes<Policy>(plan.query_block, shape.value_dim));
     scratch.dropout_bits = area.take<std::uint16_t>((plan.query_block + kFloatLanes) * keys);
     scratch.key_bias = area.take<T>(keys);
-    scratch.logsumexp = area.take<T>(rows);
+    scratch.row_lanes = area.take<T>(2 * plan.query_block * kLanes);
+    scratch.reference = area.take<T>(rows);
+    scratch.factor = area.take<T>(rows);
     scratch.delta = area.take<T>(rows);
     scratch.grad_query = plan.chunks == 1 ? area.take<T>(rows * plan.head_stride) : nullptr;
     return scratch;
   }
 
-  /// logsumexp in the log2 domain and delta = rowsum(grad_out * out) - grad_logsumexp.
+  /// What weights are relative to, and delta = rowsum(grad_out * out) - grad_logsumexp.
   void load_rows(const BackwardScratch<Policy>& scratch, std::int64_t batch, std::int64_t kv_head,
                  std::int64_t first_query) const {
     const AttentionShape& shape = params.shape;
     const T* logsumexp = static_cast<const T*>(params.logsumexp);
     const T* grad_logsumexp = static_cast<const T*>(params.grad_logsumexp);
-    const ConstStridedView& out = params.out;
-    const ConstStridedView& grad_out = params.grad_out;
     for (std::int64_t g = 0; g < group(); ++g) {
       const std::int64_t head = kv_head * group() + g;
-      const std::int64_t slice = batch * shape.query_heads + head;
-      const char* out_row =
-          element_at(out.data, params.dtype, slice_offset(out, shape.batch_sizes, batch, head));
-      const char* grad_row = element_at(grad_out.data, params.dtype,
-                                        slice_offset(grad_out, shape.batch_sizes, batch, head));
-      for (std::int64_t i = first_query; i < shape.q_len; ++i) {
-        Vec<T> sum{};
-        for (std::int64_t d = 0; d < shape.value_dim; d += kLanes) {
-          const std::int64_t wanted = shape.value_dim - d;
-          sum += load_elements<T>(
-                     element_at(out_row, params.dtype, i * out.row_stride + d * out.col_stride),
-                     params.dtype, out.col_stride, wanted) *
-                 load_elements<T>(element_at(grad_row, params.dtype,
-                                             i * grad_out.row_stride + d * grad_out.col_stride),
-                                  params.dtype, grad_out.col_stride, wanted);
+      const std::int64_t first_row = (batch * shape.query_heads + head) * shape.q_len;
+      T* delta = scratch.delta + g * shape.q_len;
+      for (std::int64_t i = first_query; i < shape.q_len; i += kLanes) {
+        const Vec<T> dots = row_dots(scratch, batch, head, i);
+        for (std::int64_t lane = 0; lane < min_of(shape.q_len - i, kLanes); ++lane) {
+          delta[i + lane] = dots[lane];
         }
-        const T row_logsumexp = logsumexp[slice * shape.q_len + i];
-        // A finite mask that leaves a row nothing but its lowest values: their logsumexp, rounded
-        // to multiples of 8 and more, tells no weights apart. No gradient, as for -inf.
-        const bool attends = !(row_logsumexp < kLowestLogsumexp);
-        T delta = horizontal_sum<T>(sum);
-        if (grad_logsumexp != nullptr && attends) delta -= grad_logsumexp[slice * shape.q_len + i];
-        scratch.delta[g * shape.q_len + i] = delta;
-        scratch.logsumexp[g * shape.q_len + i] =
-            attends ? row_logsumexp * static_cast<T>(kLog2eDouble) : kInfinity<T>;
+      }
+      for (std::int64_t i = first_query; i < shape.q_len; ++i) {
+        const std::int64_t row = first_row + i;
+        const std::int64_t place = g * shape.q_len + i;
+        if (has_statistics && statistics.has_delta(row)) delta[i] = *statistics.deltas(row);
+        if (grad_logsumexp != nullptr && logsumexp[row] != -kInfinity<T>) {
+          delta[i] -= grad_logsumexp[row];
+        }
+        scratch.reference[place] = has_statistics
+                                       ? *statistics.references(row)
+                                       : RowStatistics<Policy>::reference_of(logsumexp[row]);
+        scratch.factor[place] = has_statistics ? *statistics.factors(row) : static_cast<T>(1);
       }
     }
+  }
+
+  /// grad_out(row) . out(row) of kLanes rows, lanes are rows: added up in the order of dP, so that
+  /// the two cancel to the bit where one key takes it all.
+  Vec<T> row_dots(const BackwardScratch<Policy>& scratch, std::int64_t batch, std::int64_t head,
+                  std::int64_t first) const {
+    const AttentionShape& shape = params.shape;
+    Scalar* const out = scratch.value_panel;  // not yet in use
+    Scalar* const grad_out = out + depth_steps<Policy>(shape.value_dim) * kLanes;
+    const auto pack = [&](const ConstStridedView& view, Scalar* panel) {
+      const std::int64_t stride = view.row_stride;
+      const std::int64_t base = slice_offset(view, shape.batch_sizes, batch, head) + first * stride;
+      pack_lanes<Policy>(
+          view.data, params.dtype, view.col_stride, shape.q_len - first, shape.value_dim,
+          [base, stride](int lane) { return base + lane * stride; }, false, panel, kLanes);
+    };
+    pack(params.out, out);
+    pack(params.grad_out, grad_out);
+    Vec<T> sum{};
+    for (std::int64_t k = 0; k < depth_steps<Policy>(shape.value_dim); ++k) {
+      Policy::step(sum, load<Scalar>(grad_out + k * kLanes), load<Scalar>(out + k * kLanes));
+    }
+    return sum;
   }
 
   /// All products of one block of scores.
@@ -98,18 +117,11 @@ struct BackwardKernel {
                const RightOperand<Policy>& key_rows, std::int64_t batch, std::int64_t kv_head,
                T* grad_query) const {
     const AttentionShape& shape = params.shape;
-    const std::int64_t head = kv_head * group() + block.head;
     const std::int64_t stride = plan.key_tile;
-    const auto stage = [&](const ConstStridedView& view, std::int64_t columns, char* buffer) {
-      return stage_rows<Policy>(element_at(view.data, params.dtype,
-                                           slice_offset(view, shape.batch_sizes, batch, head) +
-                                               block.first_query * view.row_stride),
-                                params.dtype, view.row_stride, view.col_stride, block.queries,
-                                columns, buffer, true, true);
-    };
-    const StagedRows<Policy> query = stage(params.query, shape.head_dim, scratch.query_rows);
-    const StagedRows<Policy> grad_out =
-        stage(params.grad_out, shape.value_dim, scratch.grad_out_rows);
+    const StagedRows<Policy> query =
+        blocks.stage(params.query, batch, kv_head, block, shape.head_dim, scratch.query_rows, true);
+    const StagedRows<Policy> grad_out = blocks.stage(params.grad_out, batch, kv_head, block,
+                                                     shape.value_dim, scratch.grad_out_rows, true);
     contract<Policy, false>(block.queries, block.vectors, depth_steps<Policy>(shape.head_dim),
                             query.over_columns, scratch.key_panel, stride, scratch.weight, stride);
     contract<Policy, false>(block.queries, block.vectors, depth_steps<Policy>(shape.value_dim),
@@ -159,61 +171,31 @@ struct BackwardKernel {
                     std::int64_t kv_head, std::int64_t first, std::int64_t count, T* grad_query,
                     T* mask_sums) const {
     const AttentionShape& shape = params.shape;
-    const AttentionMasking& masking = params.masking;
-    const std::int64_t vectors = (count + kLanes - 1) / kLanes;
     const std::int64_t stride = plan.key_tile;
     const std::int64_t key_base =
         slice_offset(params.key, shape.batch_sizes, batch, kv_head) + first * params.key.row_stride;
     const std::int64_t value_base = slice_offset(params.value, shape.batch_sizes, batch, kv_head) +
                                     first * params.value.row_stride;
-    const TileClass padding = load_key_bias(scratch.key_bias, batch, first, count);
+    const TileClass padding = blocks.load_key_bias(scratch.key_bias, batch, first, count);
     if (params.grad_key.data != nullptr) clear(scratch.grad_key, shape.head_dim * stride);
     if (params.grad_value.data != nullptr) clear(scratch.grad_value, shape.value_dim * stride);
 
     bool packed = false;
     RightOperand<Policy> key_rows{};
-    const std::int64_t map_slice =
-        plan.mask_map.used ? mask_map_slice(plan.mask_map, shape, batch, kv_head) : 0;
-    const std::int64_t first_allowed =
-        masking.is_causal ? max_of(first - masking.causal_offset, 0) : 0;
+    const std::int64_t first_allowed = blocks.first_allowed(first);
     for (std::int64_t g = 0; g < group() && padding != TileClass::kEmpty; ++g) {
-      const std::int64_t head = kv_head * group() + g;
       for (std::int64_t start = first_allowed / plan.query_block * plan.query_block;
            start < shape.q_len; start += plan.query_block) {
         ScoreBlock<Policy> block{};
-        block.head = g;
-        block.first_query = max_of(start, first_allowed);
-        const std::int64_t end = min_of(start + plan.query_block, shape.q_len);
-        block.queries = end - block.first_query;
-        if (block.queries <= 0) continue;
-        const TileClass mask = mask_class(map_slice, start / plan.query_block, first);
-        if (mask == TileClass::kEmpty) continue;
-        block.first_key = first;
-        block.keys = count;
-        if (masking.is_causal) {
-          block.keys = min_of(count, end - 1 + masking.causal_offset - first + 1);
-        }
-        block.vectors = (block.keys + kLanes - 1) / kLanes;
-        block.diagonal = masking.is_causal && first + block.vectors * kLanes - 1 >
-                                                  block.first_query + masking.causal_offset;
-        block.adds_mask = masking.kind == AttentionMaskKind::kAdditive || mask == TileClass::kMixed;
-        block.adds_key_bias = padding == TileClass::kMixed || block.vectors * kLanes > count;
-        block.slice = static_cast<std::uint32_t>(batch * shape.query_heads + head);
-        if (block.adds_mask) {
-          block.mask_row = element_at(
-              masking.mask.data,
-              masking.kind == AttentionMaskKind::kAdditive ? masking.mask_dtype : ScalarType::kBool,
-              slice_offset(masking.mask, shape.batch_sizes, batch, head) +
-                  block.first_query * masking.mask.row_stride);
-        }
+        if (!blocks.locate(block, batch, kv_head, g, start, first, count, padding)) continue;
         if (mask_sums != nullptr) {
           block.mask_sum = mask_sums +
                            (plan.mask_heads == 1 ? 0 : g) * plan.mask_rows * plan.mask_cols +
                            (plan.mask_rows == 1 ? 0 : block.first_query * plan.mask_cols);
         }
         if (!packed) {
-          pack_tile(params.key, key_base, shape.head_dim, count, vectors, scratch.key_panel);
-          pack_tile(params.value, value_base, shape.value_dim, count, vectors, scratch.value_panel);
+          blocks.pack_tile(params.key, key_base, shape.head_dim, count, scratch.key_panel);
+          blocks.pack_tile(params.value, value_base, shape.value_dim, count, scratch.value_panel);
           key_rows = stage_right<Policy>(element_at(params.key.data, params.dtype, key_base),
                                          params.dtype, params.key.row_stride, params.key.col_stride,
                                          count, shape.head_dim, scratch.key_rows);
@@ -226,42 +208,6 @@ struct BackwardKernel {
                static_cast<T>(params.scale));
     write_tile(params.grad_value, scratch.grad_value, shape.value_dim, batch, kv_head, first, count,
                static_cast<T>(dropout.scale));
-  }
-
-  /// Key padding and the end of the keys as a bias, a whole tile long.
-  TileClass load_key_bias(T* bias, std::int64_t batch, std::int64_t first,
-                          std::int64_t count) const {
-    const ConstStridedView& padding = params.masking.key_padding;
-    for (std::int64_t key = 0; key < plan.key_tile; ++key) {
-      bias[key] = key < count ? static_cast<T>(0) : -kInfinity<T>;
-    }
-    if (padding.data == nullptr) return TileClass::kFull;
-    const std::uint8_t* bytes = static_cast<const std::uint8_t*>(padding.data) +
-                                slice_offset(padding, params.shape.batch_sizes, batch, 0);
-    for (std::int64_t key = 0; key < count; ++key) {
-      if (bytes[(first + key) * padding.col_stride]) bias[key] = -kInfinity<T>;
-    }
-    return classify_key_padding(bytes, padding.col_stride, first, count);
-  }
-
-  TileClass mask_class(std::int64_t map_slice, std::int64_t row_tile, std::int64_t key) const {
-    const MaskMapPlan& map = plan.mask_map;
-    if (!map.used) return TileClass::kFull;
-    if (map.row_tiles == 1) row_tile = 0;
-    return mask_map[(map_slice * map.row_tiles + row_tile) * map.column_tiles +
-                    key / map.column_tile];
-  }
-
-  void pack_tile(const ConstStridedView& view, std::int64_t base, std::int64_t columns,
-                 std::int64_t count, std::int64_t vectors, Scalar* panel) const {
-    const std::int64_t row_stride = view.row_stride;
-    for (std::int64_t j = 0; j < vectors; ++j) {
-      const std::int64_t first = base + j * kLanes * row_stride;
-      pack_lanes<Policy>(
-          view.data, params.dtype, view.col_stride, count - j * kLanes, columns,
-          [first, row_stride](int lane) { return first + lane * row_stride; }, static_cast<T>(1),
-          panel + j * kLanes, plan.key_tile);
-    }
   }
 
   void write_tile(const StridedView& view, const T* panel, std::int64_t columns, std::int64_t batch,
@@ -378,6 +324,15 @@ static void run_backward(const AttentionBackwardParams& params, const BackwardPl
     build_mask_map(params.masking, params.shape, plan.mask_map, 1, runner, map);
   }
   const BackwardKernel<Policy> kernel{params, plan, map, workspace, dropout_state(params.dropout)};
+  if (kernel.has_statistics) {
+    const std::int64_t query_blocks =
+        (params.shape.q_len + plan.query_block - 1) / plan.query_block;
+    run_tasks(runner, params.shape.batch() * params.shape.query_heads * query_blocks,
+              [&kernel, &plan, query_blocks](int worker, std::int64_t task) {
+                kernel.statistics.run(kernel.scratch_of(worker), task / query_blocks,
+                                      task % query_blocks * plan.query_block);
+              });
+  }
   run_tasks(runner, plan.groups() * plan.chunks, [&kernel, &plan](int worker, std::int64_t task) {
     kernel.run_task(worker, task % plan.groups(), task / plan.groups());
   });

@@ -77,6 +77,20 @@ struct DecodeKernel {
     }
   }
 
+  /// out[row] += sum over a block's keys of weight(row, key) * value(key). The sum is made in
+  /// `block_out`, from 0: added to a long one key by key it would round a thousand times.
+  void add_weighted_values(const float* weights, const char* values, std::int64_t row_bytes,
+                           std::int64_t count, float* block_out, float* out,
+                           std::int64_t padded) const {
+    for (std::int64_t d = 0; d < kRows * padded; d += kLanes) {
+      store<float>(block_out + d, FloatVector{});
+    }
+    weighted_values(weights, values, row_bytes, count, block_out, padded);
+    for (std::int64_t d = 0; d < kRows * padded; d += kLanes) {
+      store<float>(out + d, load<float>(out + d) + load<float>(block_out + d));
+    }
+  }
+
   /// out[row] += sum over keys of weight(row, key) * value(key).
   void weighted_values(const float* weights, const char* values, std::int64_t row_bytes,
                        std::int64_t count, float* out, std::int64_t padded) const {
@@ -148,7 +162,7 @@ struct DecodeKernel {
     std::int64_t last_key;
     std::int64_t slice;
     std::int64_t query;
-    float maximum, sum;
+    float maximum, reference, sum;  // as of a QueryTile
   };
 
   void modify_scores(const Row& row, const std::uint8_t* padding, std::int64_t first,
@@ -158,9 +172,12 @@ struct DecodeKernel {
       const ScalarType type =
           masking.kind == AttentionMaskKind::kAdditive ? masking.mask_dtype : ScalarType::kBool;
       const char* mask = element_at(masking.mask.data, type, row.mask_offset);
+      const FloatVector factor = broadcast(masking.kind == AttentionMaskKind::kAdditive
+                                               ? static_cast<float>(base.scale_size())
+                                               : 1.0f);
       for (std::int64_t key = 0; key < count; key += kLanes) {
         store<float>(scores + key,
-                     add_mask<float>(load<float>(scores + key),
+                     add_mask<float>(rounded(load<float>(scores + key) * factor),
                                      load_mask<float>(mask, type, masking.mask.col_stride,
                                                       first + key, min_of(count - key, kLanes))));
       }
@@ -182,20 +199,25 @@ struct DecodeKernel {
     for (std::int64_t key = 0; key < count; key += kLanes) {
       best = vector_max(best, load<float>(scores + key));
     }
-    const float maximum = horizontal_max<float>(best);
-    if (maximum > row.maximum + 8.0f) {
-      const float shrink = exp2_vector(broadcast(row.maximum - maximum))[0];
+    const ScoreDomain<float>& domain = base.domain;
+    const FloatVector lowest = broadcast(domain.lowest);
+    const FloatVector log2 = broadcast(domain.log2);
+    row.maximum = horizontal_max<float>(best);
+    if (row.maximum > row.reference + domain.growth) {
+      const float shrink =
+          exp2_product(vector_max(lowest, broadcast(row.reference - row.maximum)), log2)[0];
       row.sum *= shrink;
-      row.maximum = maximum;
+      row.reference = row.maximum;
       for (std::int64_t d = 0; d < padded; d += kLanes) {
         store<float>(out + d, load<float>(out + d) * shrink);
       }
     }
-    const float reference = row.maximum == -kInfinity<float> ? 0.0f : row.maximum;
+    const float reference = row.reference == -kInfinity<float> ? 0.0f : row.reference;
     FloatVector sum{};
     for (std::int64_t key = 0; key < count; key += kLanes) {
       const FloatVector x = load<float>(scores + key) - reference;
-      const FloatVector weight = x < -125.0f ? FloatVector{} : exp2_vector(x);
+      const FloatVector weight =
+          x < domain.lowest ? FloatVector{} : exp2_product(vector_max(lowest, x), log2);
       sum += weight;
       store<float>(scores + key, weight);
     }
@@ -228,6 +250,7 @@ struct DecodeKernel {
     ScratchArea scratch{base.workspace + plan.worker_offset + worker * plan.worker_bytes};
     float* query = scratch.take<float>(kDecodeRows * query_padded);
     float* out = scratch.take<float>(kDecodeRows * value_padded);
+    float* block_out = scratch.take<float>(kDecodeRows * value_padded);
     float* scores = scratch.take<float>(kDecodeRows * plan.kv_block + kLanes);
 
     Row rows[kRows];
@@ -248,7 +271,7 @@ struct DecodeKernel {
                                   row.query * masking.mask.row_stride;
       row.last_key = masking.is_causal ? min_of(row.query + masking.causal_offset, shape.kv_len - 1)
                                        : shape.kv_len - 1;
-      row.maximum = -kInfinity<float>;
+      row.maximum = row.reference = -kInfinity<float>;
       row.sum = 0.0f;
       kv_end = max_of(kv_end, row.last_key + 1);
       for (std::int64_t d = 0; d < query_padded; d += kLanes) {
@@ -257,7 +280,7 @@ struct DecodeKernel {
             load_elements<float>(element_at(params.query.data, params.dtype,
                                             row.query_offset + d * params.query.col_stride),
                                  params.dtype, params.query.col_stride, shape.head_dim - d) *
-                static_cast<float>(params.scale * kLog2eDouble));
+                (params.scale < 0.0 ? -1.0f : 1.0f));
       }
       for (std::int64_t d = 0; d < value_padded; d += kLanes) {
         store<float>(out + r * value_padded + d, FloatVector{});
@@ -297,8 +320,8 @@ struct DecodeKernel {
         softmax(rows[r], row_scores, count, out + r * value_padded, value_padded);
         if (base.dropout.active) drop_weights(rows[r], first, count, row_scores);
       }
-      weighted_values(scores, values + first * params.value.row_stride * kElement,
-                      params.value.row_stride * kElement, count, out, value_padded);
+      add_weighted_values(scores, values + first * params.value.row_stride * kElement,
+                          params.value.row_stride * kElement, count, block_out, out, value_padded);
     }
     for (std::int64_t r = 0; r < plan.rows; ++r) {
       const Row& row = rows[r];
@@ -306,7 +329,8 @@ struct DecodeKernel {
         float* partial = base.splits.partial_of(pair, split, r);
         for (std::int64_t d = 0; d < shape.value_dim; ++d) partial[d] = out[r * value_padded + d];
         partial[shape.value_dim] = row.maximum;
-        partial[shape.value_dim + 1] = row.sum;
+        partial[shape.value_dim + 1] = row.reference;
+        partial[shape.value_dim + 2] = row.sum;
         continue;
       }
       const float inverse =
@@ -319,7 +343,7 @@ struct DecodeKernel {
       }
       if (params.logsumexp != nullptr) {
         static_cast<float*>(params.logsumexp)[row.slice * shape.q_len + row.query] =
-            KeySplits<FloatContraction>::log_sum(row.maximum, row.sum);
+            KeySplits<FloatContraction>::log_sum(base.domain, row.maximum, row.reference, row.sum);
       }
     }
   }

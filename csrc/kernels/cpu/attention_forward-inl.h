@@ -27,7 +27,12 @@ struct ForwardKernel {
   const TileClass* mask_map;
   char* workspace;
   DropoutState dropout;
-  KeySplits<Policy> splits{params, plan, workspace, dropout};
+  ScoreDomain<T> domain =
+      ScoreDomain<T>::of(params.masking.kind == AttentionMaskKind::kAdditive ? 1.0 : scale_size());
+  KeySplits<Policy> splits{params, plan, workspace, dropout, domain};
+
+  /// Of the scale; its sign goes with the queries.
+  double scale_size() const { return params.scale < 0.0 ? -params.scale : params.scale; }
 
   std::int64_t group() const { return params.shape.query_heads / params.shape.kv_heads; }
 
@@ -35,6 +40,7 @@ struct ForwardKernel {
     const AttentionShape& shape = params.shape;
     tile.panel = scratch.take<Scalar>((shape.head_dim + 1) / Policy::kDepth * kSubTile);
     tile.out = scratch.take<T>(shape.value_dim * kSubTile);
+    tile.reference = scratch.take<T>(kSubTile);
     tile.maximum = scratch.take<T>(kSubTile);
     tile.sum = scratch.take<T>(kSubTile);
     tile.last_key = scratch.take<Int>(kSubTile);
@@ -86,13 +92,11 @@ struct ForwardKernel {
       tile.first_allowed_end = tile.last_key[0] + 1;
       tile.last_allowed_end = min_of(tile.last_key[tile.count - 1] + 1, shape.kv_len);
     }
-    const T factor =
-        Policy::kDepth == 1 ? static_cast<T>(params.scale * kLog2eDouble) : static_cast<T>(1);
     for (int vector = 0; vector < tile.vectors; ++vector) {
       const std::int64_t* offsets = tile.query_offset + vector * kLanes;
       pack_lanes<Policy>(
           params.query.data, params.dtype, params.query.col_stride, tile.count - vector * kLanes,
-          shape.head_dim, [offsets](int lane) { return offsets[lane]; }, factor,
+          shape.head_dim, [offsets](int lane) { return offsets[lane]; }, params.scale < 0.0,
           tile.panel + vector * kLanes, tile.vectors * kLanes);
     }
   }
@@ -106,25 +110,20 @@ struct ForwardKernel {
                     first_key / map.column_tile];
   }
 
-  /// The modifiers that a tile needs; scores leave in the log2 domain.
+  /// The modifiers that a tile needs.
   void modify_scores(T* scores, const QueryTile<Policy>& tile, const KeyBlock<Policy>& block,
-                     TileClass mask, bool diagonal, T factor) const {
+                     TileClass mask, bool diagonal) const {
     const AttentionMasking& masking = params.masking;
     const int stride = tile.vectors * kLanes;
-    if constexpr (Policy::kDepth != 1) {
-      for (std::int64_t i = 0; i < block.count * stride; i += kLanes) {
-        store<T>(scores + i, load<T>(scores + i) * factor);
-      }
-    }
     const bool additive = masking.kind == AttentionMaskKind::kAdditive;
     if (additive || mask == TileClass::kMixed) {
       const ScalarType type = additive ? masking.mask_dtype : ScalarType::kBool;
       const bool uniform =
           masking.mask.row_stride == 0 && (masking.mask.head_stride == 0 || group() == 1);
-      add_mask_transposed<T>(scores, stride, block.count, tile.vectors, block.first, type,
-                             masking.mask.col_stride, uniform, [&](int lane) {
-                               return element_at(masking.mask.data, type, tile.mask_offset[lane]);
-                             });
+      add_mask_transposed<T>(
+          scores, stride, block.count, tile.vectors, block.first, type, masking.mask.col_stride,
+          uniform, static_cast<T>(additive ? scale_size() : 1.0),
+          [&](int lane) { return element_at(masking.mask.data, type, tile.mask_offset[lane]); });
     }
     if (block.padding == TileClass::kMixed) {
       for (std::int64_t key = 0; key < block.count; ++key) {
@@ -151,13 +150,11 @@ struct ForwardKernel {
     const bool modified = diagonal || mask == TileClass::kMixed ||
                           params.masking.kind == AttentionMaskKind::kAdditive ||
                           block.padding == TileClass::kMixed;
-    const T factor = static_cast<T>(params.scale * kLog2eDouble);
     if (modified) {
-      modify_scores(scores, tile, block, mask, diagonal, factor);
-      online_softmax<Policy, kVectors, true>(scores, block.count, tile, shape.value_dim,
-                                             static_cast<T>(1));
+      modify_scores(scores, tile, block, mask, diagonal);
+      online_softmax<Policy, kVectors, true>(scores, block.count, tile, shape.value_dim, domain);
     } else {
-      online_softmax<Policy, kVectors, false>(scores, block.count, tile, shape.value_dim, factor);
+      online_softmax<Policy, kVectors, false>(scores, block.count, tile, shape.value_dim, domain);
     }
     if (dropout.active) {
       drop_weights_of_queries<T>(scores, kStride, block.count, block.first, kVectors, tile.query,
@@ -203,7 +200,8 @@ struct ForwardKernel {
       const std::int64_t row = first_row + lane;
       const std::int64_t head = kv_head * heads + row % heads;
       logsumexp[(batch * shape.query_heads + head) * shape.q_len + row / heads] =
-          KeySplits<Policy>::log_sum(tile.maximum[lane], tile.sum[lane]);
+          KeySplits<Policy>::log_sum(domain, tile.maximum[lane], tile.reference[lane],
+                                     tile.sum[lane]);
     }
   }
 
@@ -230,6 +228,7 @@ struct ForwardKernel {
       set_up_tile(tile, scratch);
       load_tile(tile, batch, kv_head, row, last_row);
       for (int j = 0; j < kMaxVectors; ++j) {
+        store<T>(tile.reference + j * kLanes, broadcast(-kInfinity<T>));
         store<T>(tile.maximum + j * kLanes, broadcast(-kInfinity<T>));
         store<T>(tile.sum + j * kLanes, Vec<T>{});
       }

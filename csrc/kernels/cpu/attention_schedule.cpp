@@ -96,14 +96,14 @@ ForwardPlan plan_forward(const AttentionForwardParams& params, const TileGeometr
       return ceil_div(n, geometry.lanes) * geometry.lanes;
     };
     worker += align(kDecodeRows * padded(shape.head_dim) * compute);
-    worker += align(kDecodeRows * padded(shape.value_dim) * compute);
+    worker += 2 * align(kDecodeRows * padded(shape.value_dim) * compute);
     worker += align((kDecodeRows * plan.kv_block + geometry.lanes) * compute);
   } else {
     const std::size_t lanes = static_cast<std::size_t>(plan.sub_tile);
     std::size_t tile =
         align((shape.head_dim + 1) / geometry.depth * lanes * (geometry.depth == 2 ? 4 : compute));
     tile += align(shape.value_dim * lanes * compute);
-    tile += 3 * align(lanes * compute) + 2 * align(lanes * 4) + 3 * align(lanes * 8);
+    tile += 4 * align(lanes * compute) + 2 * align(lanes * 4) + 3 * align(lanes * 8);
     worker += tile * (plan.super_tile / plan.sub_tile);
     worker += staged_bytes(plan.kv_block, shape.head_dim, geometry);
     worker += staged_bytes(plan.kv_block, shape.value_dim, geometry);
@@ -115,7 +115,7 @@ ForwardPlan plan_forward(const AttentionForwardParams& params, const TileGeometr
   plan.worker_offset = plan.partial_offset;
   if (plan.kv_splits > 1) {
     plan.worker_offset +=
-        align(plan.pairs * plan.kv_splits * plan.rows * (shape.value_dim + 2) * compute);
+        align(plan.pairs * plan.kv_splits * plan.rows * (shape.value_dim + 3) * compute);
   }
   plan.worker_bytes = align(worker);
   plan.total_bytes = plan.worker_offset + plan.worker_bytes * num_workers;
@@ -141,6 +141,7 @@ BackwardPlan plan_backward(const AttentionBackwardParams& params, const TileGeom
   plan.key_tile = std::max<std::int64_t>(ceil_div(ceil_div(shape.kv_len, tiles), unit), 1) * unit;
   plan.query_block = head <= 128 ? 64 : 32;
   plan.head_stride = ceil_div(shape.head_dim, geometry.lanes) * geometry.lanes;
+  plan.few_rows = plan.rows_per_pair(shape) <= kDecodeRows;
 
   // A chunk costs a partial dQ, 16 bytes of traffic for 10 * chunk_len operations: 1024 keys keep
   // that near 3%, 256 are accepted where there would be hardly any tasks.
@@ -183,11 +184,12 @@ BackwardPlan plan_backward(const AttentionBackwardParams& params, const TileGeom
   worker += align(shape.value_dim * keys * compute);                // dV^T
   worker += 2 * align(queries * keys * compute);                    // P, dS
   if (geometry.depth == 2) worker += 3 * align(queries * keys * scalar);
-  worker += staged_bytes(plan.query_block, shape.head_dim, geometry);        // Q
-  worker += staged_bytes(plan.query_block, shape.value_dim, geometry);       // dO
-  worker += align((plan.query_block + 64 / 4) * keys * 2);                   // dropout bits
-  worker += align(keys * compute);                                           // key bias
-  worker += 2 * align(shape.q_len * shape.group() * compute);                // logsumexp, delta
+  worker += staged_bytes(plan.query_block, shape.head_dim, geometry);   // Q
+  worker += staged_bytes(plan.query_block, shape.value_dim, geometry);  // dO
+  worker += align((plan.query_block + 64 / 4) * keys * 2);              // dropout bits
+  worker += align(keys * compute);                                      // key bias
+  worker += align(2 * plan.query_block * geometry.lanes * compute);     // lanes of rows
+  worker += 3 * align(shape.q_len * shape.group() * compute);           // reference, factor, delta
   worker += align(ceil_div(shape.q_len, plan.query_block) * shape.group());  // dQ started
   if (plan.chunks == 1) {
     worker += align(shape.q_len * shape.group() * plan.head_stride * compute);  // dQ
@@ -200,11 +202,14 @@ BackwardPlan plan_backward(const AttentionBackwardParams& params, const TileGeom
     plan.mask_partial_offset +=
         align(plan.chunks * plan.pairs * plan.rows_per_pair(shape) * plan.head_stride * compute);
   }
-  plan.worker_offset = plan.mask_partial_offset;
+  plan.statistics_offset = plan.mask_partial_offset;
   if (plan.mask_gradient) {
-    plan.worker_offset += align(plan.mask_slices * plan.mask_partials * plan.mask_column_chunks() *
-                                plan.mask_heads * plan.mask_rows * plan.mask_cols * compute);
+    plan.statistics_offset +=
+        align(plan.mask_slices * plan.mask_partials * plan.mask_column_chunks() * plan.mask_heads *
+              plan.mask_rows * plan.mask_cols * compute);
   }
+  plan.worker_offset =
+      plan.statistics_offset + align(3 * shape.batch() * shape.query_heads * shape.q_len * compute);
   plan.worker_bytes = align(worker);
   plan.total_bytes = plan.worker_offset + plan.worker_bytes * num_workers;
   return plan;

@@ -21,7 +21,9 @@ struct BackwardScratch {
   char* grad_out_rows;             // (queries, value_dim) staged dO
   std::uint16_t* dropout_bits;     // (queries, keys)
   T* key_bias;                     // (keys) 0, or -inf where padding or the end excludes the key
-  T* logsumexp;   // (group, q_len) log2 domain; +inf for rows that attend to nothing
+  T* row_lanes;                    // (queries, 2, lanes)
+  T* reference;   // (group, q_len) of the weights; +inf for rows that attend to nothing
+  T* factor;      // (group, q_len) weight = factor * exp(score - reference)
   T* delta;       // (group, q_len)
   T* grad_query;  // (group, q_len, head_stride) dQ
 };
@@ -43,10 +45,50 @@ struct ScoreBlock {
   typename Policy::Compute* mask_sum;  // where the mask's gradient of (first_query, key 0) goes
 };
 
+/// What natural scores of a block come from; the products lie in scratch.weight.
+template <typename Policy>
+struct NaturalScores {
+  const AttentionMasking& masking;
+  const BackwardScratch<Policy>& scratch;
+  const ScoreBlock<Policy>& block;
+  typename Policy::Compute scale;
+};
+
+/// Natural scores of the block's query `i` and kLanes keys from `key` on, whose products lie at
+/// `place`. Rounded step by step as the forward pass does it: the same bits.
+template <bool kMasked, typename Policy>
+TORCH_EXT_INLINE Vec<typename Policy::Compute> natural_scores(const NaturalScores<Policy>& scores,
+                                                              std::int64_t i, std::int64_t key,
+                                                              std::int64_t place) {
+  using T = typename Policy::Compute;
+  using Int = typename Simd<T>::Int;
+  constexpr int kLanes = Simd<T>::kLanes;
+  const AttentionMasking& masking = scores.masking;
+  const ScoreBlock<Policy>& block = scores.block;
+  Vec<T> score = rounded(load<T>(scores.scratch.weight + place) * scores.scale);
+  if constexpr (kMasked) {
+    if (block.adds_mask) {
+      const ScalarType type =
+          masking.kind == AttentionMaskKind::kAdditive ? masking.mask_dtype : ScalarType::kBool;
+      score = add_mask<T>(
+          score, load_mask<T>(element_at(block.mask_row, type, i * masking.mask.row_stride), type,
+                              masking.mask.col_stride, block.first_key + key,
+                              max_of(block.keys - key, 0)));
+    }
+    if (block.adds_key_bias) score = add_mask<T>(score, load<T>(scores.scratch.key_bias + key));
+    if (block.diagonal) {
+      const Int last = static_cast<Int>(max_of(
+          min_of(block.first_query + i + masking.causal_offset - block.first_key - key, kLanes),
+          -1));
+      score = lane_index<T>() > last ? broadcast(-kInfinity<T>) : score;
+    }
+  }
+  return score;
+}
+
 template <typename Policy>
 struct ScoreGradient {
   using T = typename Policy::Compute;
-  using Int = typename Simd<T>::Int;
   using IntVector = typename Simd<T>::IntVector;
   static constexpr int kLanes = Simd<T>::kLanes;
 
@@ -58,12 +100,9 @@ struct ScoreGradient {
   template <bool kMasked, bool kDropout>
   void weigh(const BackwardScratch<Policy>& scratch, const ScoreBlock<Policy>& block) const {
     const std::int64_t stride = plan.key_tile;
-    const AttentionMasking& masking = params.masking;
-    const T factor = static_cast<T>(params.scale * kLog2eDouble);
-    const ScalarType mask_type =
-        masking.kind == AttentionMaskKind::kAdditive ? masking.mask_dtype : ScalarType::kBool;
-    const IntVector lanes = lane_index<T>();
-    const Vec<T> excluded = broadcast(-kInfinity<T>);
+    const NaturalScores<Policy> scores{params.masking, scratch, block,
+                                       static_cast<T>(params.scale)};
+    const ScoreDomain<T> natural = ScoreDomain<T>::of(1.0);
     for (std::int64_t row = 0; row < block.queries; row += Policy::kDepth) {
       for (std::int64_t j = 0; j < block.vectors; ++j) {
         Vec<T> weight[Policy::kDepth];
@@ -76,32 +115,16 @@ struct ScoreGradient {
           }
           const std::int64_t query = block.first_query + i;
           const std::int64_t place = i * stride + j * kLanes;
-          const T logsumexp = scratch.logsumexp[block.head * params.shape.q_len + query];
-          const T delta = scratch.delta[block.head * params.shape.q_len + query];
-          Vec<T> score = load<T>(scratch.weight + place) * factor;
-          if constexpr (kMasked) {
-            if (block.adds_mask) {
-              score = add_mask<T>(
-                  score,
-                  load_mask<T>(element_at(block.mask_row, mask_type, i * masking.mask.row_stride),
-                               mask_type, masking.mask.col_stride, block.first_key + j * kLanes,
-                               max_of(block.keys - j * kLanes, 0)));
-            }
-            if (block.adds_key_bias) {
-              score = add_mask<T>(score, load<T>(scratch.key_bias + j * kLanes));
-            }
-            if (block.diagonal) {
-              const Int last = static_cast<Int>(max_of(
-                  min_of(query + masking.causal_offset - block.first_key - j * kLanes, kLanes),
-                  -1));
-              score = lanes > last ? excluded : score;
-            }
-          }
-          Vec<T> x = score - logsumexp;
-          // Weights are at most 1, but for the rounding of huge scores that a mask makes. The bound
-          // comes first: a NaN stays.
-          if constexpr (kMasked) x = vector_min(broadcast(static_cast<T>(1)), x);
-          Vec<T> w = exp2_vector(x);
+          const std::int64_t head_row = block.head * params.shape.q_len + query;
+          const T delta = scratch.delta[head_row];
+          // At most 0 where logsumexp is the forward pass's own. The bound comes first: a NaN
+          // stays.
+          const Vec<T> x =
+              vector_min(Vec<T>{}, natural_scores<kMasked>(scores, i, j * kLanes, place) -
+                                       scratch.reference[head_row]);
+          Vec<T> w =
+              exp2_product(vector_max(broadcast(natural.lowest), x), broadcast(natural.log2)) *
+              scratch.factor[head_row];
           Vec<T> grad_weight = load<T>(scratch.grad_score + place);
           IntVector kept;
           if constexpr (kDropout) {
@@ -111,7 +134,7 @@ struct ScoreGradient {
           }
           Vec<T> ds = w * (grad_weight - delta);
           if constexpr (kMasked) {
-            const IntVector negligible = x < static_cast<T>(kNegligibleExponent<T>);
+            const IntVector negligible = x < natural.lowest;
             w = negligible ? Vec<T>{} : w;
             ds = negligible ? Vec<T>{} : ds;
           }

@@ -5,9 +5,10 @@
 template <typename Policy>
 struct QueryTile {
   using T = typename Policy::Compute;
-  typename Policy::Scalar* panel;   // (head_dim / depth, lanes): Q^T, scaled where depth is 1
+  typename Policy::Scalar* panel;   // (head_dim / depth, lanes): Q^T with the scale's sign
   T* out;                           // (value_dim, lanes): O^T, not normalised
-  T* maximum;                       // of the scores, log2 domain
+  T* reference;                     // of the weights: 2^8 below the maximum at most
+  T* maximum;                       // of the scores
   T* sum;                           // of the weights before dropout
   typename Simd<T>::Int* last_key;  // the last key that causality allows
   std::uint32_t* query;             // position, for dropout
@@ -28,38 +29,37 @@ struct QueryTile {
 template <typename Policy, int kVectors, bool kMasked>
 TORCH_EXT_INLINE void online_softmax(typename Policy::Compute* scores, std::int64_t keys,
                                      QueryTile<Policy>& tile, std::int64_t value_dim,
-                                     typename Policy::Compute scale) {
+                                     const ScoreDomain<typename Policy::Compute>& domain) {
   using T = typename Policy::Compute;
   using IntVector = typename Simd<T>::IntVector;
   constexpr int kLanes = Simd<T>::kLanes;
   constexpr int kStride = kVectors * kLanes;
-  const Vec<T> factor = broadcast(scale);
-  Vec<T> previous[kVectors], maximum[kVectors], sum[kVectors];
+  Vec<T> previous[kVectors], maximum[kVectors];
   for (int j = 0; j < kVectors; ++j) {
-    previous[j] = maximum[j] = load<T>(tile.maximum + j * kLanes);
-    sum[j] = load<T>(tile.sum + j * kLanes);
+    previous[j] = load<T>(tile.reference + j * kLanes);
+    maximum[j] = load<T>(tile.maximum + j * kLanes);
   }
   for (std::int64_t key = 0; key < keys; ++key) {
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) {
-      Vec<T> score = load<T>(scores + key * kStride + j * kLanes);
-      if constexpr (Policy::kDepth != 1) score *= factor;
-      maximum[j] = vector_max(maximum[j], score);
+      maximum[j] = vector_max(maximum[j], load<T>(scores + key * kStride + j * kLanes));
     }
   }
+  for (int j = 0; j < kVectors; ++j) store<T>(tile.maximum + j * kLanes, maximum[j]);
   // Rescale only when a maximum grew by more than 2^8 (FlashAttention-4's conditional rescaling):
   // weights then stay below 2^8, far from overflow.
   IntVector grew{};
-  for (int j = 0; j < kVectors; ++j) grew |= maximum[j] > previous[j] + static_cast<T>(8);
+  for (int j = 0; j < kVectors; ++j) grew |= maximum[j] > previous[j] + domain.growth;
   if (any_lane(grew)) {
     Vec<T> shrink[kVectors];
     for (int j = 0; j < kVectors; ++j) {
       // A row that is masked so far: any finite reference serves, its sums are 0.
       const Vec<T> reference = maximum[j] == broadcast(-kInfinity<T>) ? Vec<T>{} : maximum[j];
-      shrink[j] = exp2_vector(previous[j] - reference);
-      sum[j] *= shrink[j];
+      shrink[j] = exp2_product(vector_max(broadcast(domain.lowest), previous[j] - reference),
+                               broadcast(domain.log2));
+      store<T>(tile.sum + j * kLanes, load<T>(tile.sum + j * kLanes) * shrink[j]);
       previous[j] = maximum[j];
-      store<T>(tile.maximum + j * kLanes, maximum[j]);
+      store<T>(tile.reference + j * kLanes, maximum[j]);
     }
     if (tile.started) {
       for (std::int64_t d = 0; d < value_dim; ++d) {
@@ -70,8 +70,9 @@ TORCH_EXT_INLINE void online_softmax(typename Policy::Compute* scores, std::int6
       }
     }
   }
-  Vec<T> reference[kVectors];
+  Vec<T> reference[kVectors], sum[kVectors];
   for (int j = 0; j < kVectors; ++j) {
+    sum[j] = Vec<T>{};
     reference[j] = previous[j];
     if constexpr (kMasked) {
       reference[j] = previous[j] == broadcast(-kInfinity<T>) ? Vec<T>{} : previous[j];
@@ -81,20 +82,17 @@ TORCH_EXT_INLINE void online_softmax(typename Policy::Compute* scores, std::int6
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) {
       T* score = scores + key * kStride + j * kLanes;
-      Vec<T> x = load<T>(score);
-      if constexpr (Policy::kDepth != 1) {
-        x = x * factor - reference[j];
-      } else {
-        x = x - reference[j];
-      }
-      Vec<T> weight = exp2_vector<Policy::kForwardExp2Degree>(x);
-      if constexpr (kMasked)
-        weight = x < static_cast<T>(kNegligibleExponent<T>) ? Vec<T>{} : weight;
+      const Vec<T> x = load<T>(score) - reference[j];
+      Vec<T> weight = exp2_product<Policy::kForwardExp2Degree>(
+          vector_max(broadcast(domain.lowest), x), broadcast(domain.log2));
+      if constexpr (kMasked) weight = x < domain.lowest ? Vec<T>{} : weight;
       sum[j] += weight;
       store<T>(score, weight);
     }
   }
-  for (int j = 0; j < kVectors; ++j) store<T>(tile.sum + j * kLanes, sum[j]);
+  for (int j = 0; j < kVectors; ++j) {
+    store<T>(tile.sum + j * kLanes, load<T>(tile.sum + j * kLanes) + sum[j]);
+  }
 }
 
 /// Packs neighbouring keys' weights into bf16 pairs, in place.

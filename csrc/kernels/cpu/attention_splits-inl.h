@@ -10,29 +10,41 @@ struct KeySplits {
   const ForwardPlan& plan;
   char* workspace;
   const DropoutState& dropout;
+  const ScoreDomain<T>& domain;
 
-  static T log_sum(T maximum, T sum) {
+  /// logsumexp of a row whose weights are sums of 2^((score - reference) * log2). The maximum's own
+  /// weight is 1, so nothing is below the maximum's natural score: rounded as the backward pass
+  /// rounds scores, which thus never finds a weight above 1.
+  static T log_sum(const ScoreDomain<T>& domain, T maximum, T reference, T sum) {
     if (sum == 0) return -kInfinity<T>;
-    if constexpr (sizeof(T) == 8) return maximum * kLn2 + __builtin_log(sum);
-    return static_cast<T>(maximum * kLn2 + __builtin_logf(static_cast<float>(sum)));
+    const T highest = rounded(maximum * domain.unit);
+    const T exponent = (maximum - reference) * domain.log2;
+    T rest;
+    if constexpr (sizeof(T) == 8) {
+      rest = __builtin_log(sum) - exponent * kLn2;
+    } else {
+      rest = static_cast<T>(__builtin_log(static_cast<double>(sum)) - exponent * kLn2);
+    }
+    return highest + (rest < 0 ? static_cast<T>(0) : rest);
   }
 
   /// Leaves a split's unnormalised result for combine().
   void store(const QueryTile<Policy>& tile, T* partial) const {
-    const std::int64_t width = params.shape.value_dim + 2;
+    const std::int64_t width = params.shape.value_dim + 3;
     const int stride = tile.vectors * kLanes;
     for (std::int64_t lane = 0; lane < tile.count; ++lane) {
       T* row = partial + lane * width;
       for (std::int64_t d = 0; d < params.shape.value_dim; ++d) {
         row[d] = tile.started ? tile.out[d * stride + lane] : static_cast<T>(0);
       }
-      row[width - 2] = tile.maximum[lane];
+      row[width - 3] = tile.maximum[lane];
+      row[width - 2] = tile.reference[lane];
       row[width - 1] = tile.sum[lane];
     }
   }
 
   T* partial_of(std::int64_t pair, std::int64_t split, std::int64_t row) const {
-    const std::int64_t width = params.shape.value_dim + 2;
+    const std::int64_t width = params.shape.value_dim + 3;
     return reinterpret_cast<T*>(workspace + plan.partial_offset) +
            ((pair * plan.kv_splits + split) * plan.rows + row) * width;
   }
@@ -40,14 +52,14 @@ struct KeySplits {
   /// Joins the splits of one row in their order.
   void combine_row(std::int64_t pair, std::int64_t row) const {
     const AttentionShape& shape = params.shape;
-    const std::int64_t width = shape.value_dim + 2;
+    const std::int64_t width = shape.value_dim + 3;
     const std::int64_t heads = params.shape.group();
     const std::int64_t batch = pair / shape.kv_heads;
     const std::int64_t head = pair % shape.kv_heads * heads + row % heads;
     const std::int64_t query = row / heads;
     T maximum = -kInfinity<T>;
     for (std::int64_t split = 0; split < plan.kv_splits; ++split) {
-      const T candidate = partial_of(pair, split, row)[width - 2];
+      const T candidate = partial_of(pair, split, row)[width - 3];
       maximum = candidate > maximum || candidate != candidate ? candidate : maximum;
     }
     const T reference = maximum == -kInfinity<T> ? static_cast<T>(0) : maximum;
@@ -55,7 +67,9 @@ struct KeySplits {
     T* joined = partial_of(pair, 0, row);
     for (std::int64_t split = 0; split < plan.kv_splits; ++split) {
       const T* partial = partial_of(pair, split, row);
-      const T weight = exp2_vector(broadcast(partial[width - 2] - reference))[0];
+      const T weight = exp2_product(
+          vector_max(broadcast(domain.lowest), broadcast(partial[width - 2] - reference)),
+          broadcast(domain.log2))[0];
       sum += weight * partial[width - 1];
       for (std::int64_t d = 0; d < shape.value_dim; ++d) {
         joined[d] = split == 0 ? weight * partial[d] : joined[d] + weight * partial[d];
@@ -74,7 +88,7 @@ struct KeySplits {
     }
     if (params.logsumexp != nullptr) {
       static_cast<T*>(params.logsumexp)[(batch * shape.query_heads + head) * shape.q_len + query] =
-          log_sum(maximum, sum);
+          log_sum(domain, maximum, reference, sum);
     }
   }
 };

@@ -183,12 +183,12 @@ struct ScratchArea {
   }
 };
 
-/// One lane group of a transposed panel: panel[column / depth][lane] = row(lane)[column] * factor
-/// for `count` rows at row_offset(lane), zero in the other lanes. bf16 pairs take no factor.
+/// One lane group of a transposed panel: panel[column / depth][lane] = row(lane)[column], or minus
+/// that, for `count` rows at row_offset(lane), zero in the other lanes.
 template <typename Policy, typename RowOffset>
 TORCH_EXT_INLINE void pack_lanes(const void* data, ScalarType type, std::int64_t col_stride,
                                  std::int64_t count, std::int64_t columns, RowOffset row_offset,
-                                 typename Policy::Compute factor, typename Policy::Scalar* panel,
+                                 bool negate, typename Policy::Scalar* panel,
                                  std::int64_t panel_stride) {
   using Scalar = typename Policy::Scalar;
   constexpr int kLanes = Simd<Scalar>::kLanes;
@@ -204,7 +204,7 @@ TORCH_EXT_INLINE void pack_lanes(const void* data, ScalarType type, std::int64_t
       }
       const char* source = element_at(data, type, row_offset(lane) + column * col_stride);
       if constexpr (Policy::kDepth == 1) {
-        block[lane] = load_elements<Scalar>(source, type, col_stride, wanted) * factor;
+        block[lane] = load_elements<Scalar>(source, type, col_stride, wanted);
       } else if (col_stride == 1 && wanted == kStep) {
         block[lane] = load<Scalar>(source);
       } else {
@@ -215,6 +215,15 @@ TORCH_EXT_INLINE void pack_lanes(const void* data, ScalarType type, std::int64_t
     }
     transpose<Scalar>(block);
     const std::int64_t depth = (wanted + Policy::kDepth - 1) / Policy::kDepth;
+    if (negate) {
+      for (int k = 0; k < kLanes; ++k) {
+        if constexpr (Policy::kDepth == 1) {
+          block[k] = -block[k];
+        } else {
+          block[k] ^= 0x80008000u;
+        }
+      }
+    }
     for (std::int64_t k = 0; k < depth; ++k) {
       store<Scalar>(panel + (column / Policy::kDepth + k) * panel_stride, block[k]);
     }

@@ -87,6 +87,22 @@ TORCH_EXT_INLINE V vector_min(V a, V b) {
   return a < b ? a : b;
 }
 
+/// x itself, rounded to its type: the compiler may not fuse the product that made it with a sum
+/// that takes it. Where a difference of two such products has to be exactly 0.
+template <typename V>
+TORCH_EXT_INLINE V rounded(V x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__x86_64__) && TORCH_EXT_VECTOR_BYTES <= 32
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#else
+  asm("" : "+m"(x));
+#endif
+  return x;
+}
+
 TORCH_EXT_INLINE std::int64_t min_of(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 TORCH_EXT_INLINE std::int64_t max_of(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
 TORCH_EXT_INLINE std::int64_t round_up(std::int64_t x, std::int64_t multiple) {
@@ -131,20 +147,22 @@ TORCH_EXT_INLINE T horizontal_max(Vec<T> x) {
 }
 
 // 2^x for x <= 0 or so: round to the nearest integer by adding 1.5 * 2^23 (and the exponent's bias
-// of 127), a minimax polynomial on [-1/2, 1/2] (Remez; relative error 7.5e-8 in degree 5, 7.5e-5 in
-// degree 3), times the power of two of those bits. Below -125 it stays at 2^-125; callers that need
-// zeros select them. NaN stays NaN: adding to the exponent bits instead would lose those with a
-// payload, as uninitialised memory holds.
+// of 127), a minimax polynomial on [-1/2, 1/2] (relative error 9.1e-8 in degree 5, 7.5e-5 in degree
+// 3), times the power of two of those bits. Below -125 it stays at 2^-125; callers that need zeros
+// select them. NaN stays NaN: adding to the exponent bits instead would lose those with a payload,
+// as uninitialised memory holds.
 template <int kDegree>
 TORCH_EXT_INLINE FloatVector exp2_polynomial(FloatVector f);
 
+// The best one whose value at 0 is 1: a lone key has the weight 1. A free constant's 7.5e-8 end as
+// more, it is rounded to 1 + 1.2e-7.
 template <>
 inline __attribute__((always_inline)) FloatVector exp2_polynomial<5>(FloatVector f) {
-  FloatVector p = 1.32764721678199433e-3f * f + 9.67554133102139115e-3f;
-  p = p * f + 5.55071327287539118e-2f;
-  p = p * f + 2.4022119723969178e-1f;
-  p = p * f + 6.93146967065264928e-1f;
-  return p * f + 1.00000007165464164f;
+  FloatVector p = 1.32647276305018269e-3f * f + 9.67151264624137647e-3f;
+  p = p * f + 5.5507337417511696e-2f;
+  p = p * f + 2.40222420852583723e-1f;
+  p = p * f + 6.93146977600289087e-1f;
+  return p * f + 1.0f;
 }
 
 // A weight that is rounded to bf16 (2^-9) next needs no more.
@@ -155,20 +173,25 @@ inline __attribute__((always_inline)) FloatVector exp2_polynomial<3>(FloatVector
   return p * f + 9.99928073535159659e-1f;
 }
 
+/// 2^(x * factor), the product of infinite precision where there is a fused multiply-add; not below
+/// -125.
+template <int kDegree = 5>
+TORCH_EXT_INLINE FloatVector exp2_product(FloatVector x, FloatVector factor) {
+  const FloatVector bits = x * factor + 12583039.0f;
+  const FloatVector f = x * factor - (bits - 12583039.0f);
+  return exp2_polynomial<kDegree>(f) * (FloatVector)((Int32Vector)bits << 23);
+}
+
 template <int kDegree = 5>
 TORCH_EXT_INLINE FloatVector exp2_vector(FloatVector x) {
-  x = vector_max(broadcast(-125.0f), x);
-  const FloatVector rounded = x + 12583039.0f;
-  const FloatVector f = x - (rounded - 12583039.0f);
-  return exp2_polynomial<kDegree>(f) * (FloatVector)((Int32Vector)rounded << 23);
+  return exp2_product<kDegree>(vector_max(broadcast(-125.0f), x), broadcast(1.0f));
 }
 
 // Degree 11: relative error 3e-18, so double rounding is all that is left.
 template <int kDegree = 11>
-TORCH_EXT_INLINE DoubleVector exp2_vector(DoubleVector x) {
-  x = vector_max(broadcast(-1021.0), x);
-  const DoubleVector rounded = x + 6755399441056767.0;  // 1.5 * 2^52 + 1023
-  const DoubleVector f = x - (rounded - 6755399441056767.0);
+TORCH_EXT_INLINE DoubleVector exp2_product(DoubleVector x, DoubleVector factor) {
+  const DoubleVector bits = x * factor + 6755399441056767.0;  // 1.5 * 2^52 + 1023
+  const DoubleVector f = x * factor - (bits - 6755399441056767.0);
   DoubleVector p = 4.43528094461033616e-10 * f + 7.07410562624565937e-9;
   p = p * f + 1.01781980333285277e-7;
   p = p * f + 1.3215433089594629e-6;
@@ -180,7 +203,12 @@ TORCH_EXT_INLINE DoubleVector exp2_vector(DoubleVector x) {
   p = p * f + 2.40226506959101562e-1;
   p = p * f + 6.9314718055994533e-1;
   p = p * f + 1.0;
-  return p * (DoubleVector)((Int64Vector)rounded << 52);
+  return p * (DoubleVector)((Int64Vector)bits << 52);
+}
+
+template <int kDegree = 11>
+TORCH_EXT_INLINE DoubleVector exp2_vector(DoubleVector x) {
+  return exp2_product<kDegree>(vector_max(broadcast(-1021.0), x), broadcast(1.0));
 }
 
 // Butterfly index masks of a lane-by-lane transpose: at distance h, lanes with bit h clear come

@@ -16,7 +16,8 @@ using reference::store_element;
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-/// One (batch, head) slice of a tensor, as doubles.
+/// One (batch, head) slice of a tensor, in the type of the arithmetic.
+template <typename T>
 class DenseSlice {
  public:
   DenseSlice(std::int64_t rows, std::int64_t cols)
@@ -28,16 +29,16 @@ class DenseSlice {
     const std::int64_t base = slice_offset(view, shape.batch_sizes, batch, head);
     for (std::int64_t row = 0; row < rows; ++row) {
       for (std::int64_t col = 0; col < cols; ++col) {
-        (*this)(row, col) =
-            load_element(view.data, base + row * view.row_stride + col * view.col_stride, type);
+        (*this)(row, col) = static_cast<T>(
+            load_element(view.data, base + row * view.row_stride + col * view.col_stride, type));
       }
     }
   }
 
-  double& operator()(std::int64_t row, std::int64_t col) {
+  T& operator()(std::int64_t row, std::int64_t col) {
     return values_[static_cast<std::size_t>(row * cols_ + col)];
   }
-  double operator()(std::int64_t row, std::int64_t col) const {
+  T operator()(std::int64_t row, std::int64_t col) const {
     return values_[static_cast<std::size_t>(row * cols_ + col)];
   }
 
@@ -55,16 +56,17 @@ class DenseSlice {
 
  private:
   std::int64_t cols_;
-  std::vector<double> values_;
+  std::vector<T> values_;
 };
 
 /// What one query row does with each key: the normalised weight before dropout, and the factor that
 /// dropout multiplies it by.
+template <typename T>
 struct RowWeights {
-  std::vector<double> weight;  // (kv_len)
-  std::vector<double> keep;    // (kv_len)
+  std::vector<T> weight;       // (kv_len)
+  std::vector<T> keep;         // (kv_len)
   std::vector<bool> attended;  // (kv_len): false = the pair takes no part, whatever its values
-  double logsumexp = -kInfinity;
+  T logsumexp = -kInfinity;
 };
 
 /// The score that masks add to, or -inf where they exclude the pair.
@@ -103,53 +105,66 @@ class PairMask {
   std::int64_t padding_base_;
 };
 
+/// query(row) . key(col), added up in either order.
+template <typename T>
+T dot(const DenseSlice<T>& query, std::int64_t row, const DenseSlice<T>& key, std::int64_t col,
+      std::int64_t size, DotOrder order) {
+  T sum = 0;
+  for (std::int64_t i = 0; i < size; ++i) {
+    const std::int64_t d = order == DotOrder::kFirstToLast ? i : size - 1 - i;
+    sum += query(row, d) * key(col, d);
+  }
+  return sum;
+}
+
 /// Forward and backward params name these fields alike.
-template <typename Params>
-RowWeights row_weights(const Params& params, const DenseSlice& query, const DenseSlice& key,
-                       const PairMask& mask, std::int64_t slice, std::int64_t row) {
+template <typename T, typename Params>
+RowWeights<T> row_weights(const Params& params, const DenseSlice<T>& query,
+                          const DenseSlice<T>& key, const PairMask& mask, std::int64_t slice,
+                          std::int64_t row, DotOrder order) {
   const AttentionShape& shape = params.shape;
   const auto kv_len = static_cast<std::size_t>(shape.kv_len);
-  RowWeights result{std::vector<double>(kv_len), std::vector<double>(kv_len, 1.0),
-                    std::vector<bool>(kv_len), -kInfinity};
+  RowWeights<T> result{std::vector<T>(kv_len), std::vector<T>(kv_len, 1), std::vector<bool>(kv_len),
+                       static_cast<T>(-kInfinity)};
 
-  std::vector<double>& score = result.weight;
-  double maximum = -kInfinity;
+  std::vector<T>& score = result.weight;
+  T maximum = -kInfinity;
   for (std::int64_t j = 0; j < shape.kv_len; ++j) {
     score[j] = -kInfinity;
     if (mask.excludes(row, j)) continue;
-    const double bias = mask.bias(row, j);
+    const T bias = static_cast<T>(mask.bias(row, j));
     if (bias == -kInfinity) continue;
-    double dot = 0.0;
-    for (std::int64_t d = 0; d < shape.head_dim; ++d) dot += query(row, d) * key(j, d);
-    score[j] = params.scale * dot + bias;
+    score[j] = static_cast<T>(params.scale) * dot(query, row, key, j, shape.head_dim, order) + bias;
     result.attended[j] = score[j] != -kInfinity;
     // Not std::max: a NaN has to stay.
     if (score[j] > maximum || std::isnan(score[j])) maximum = score[j];
     if (std::isnan(maximum)) break;
   }
 
-  double sum = 0.0;
+  T sum = 0;
   for (std::int64_t j = 0; j < shape.kv_len; ++j) {
     if (std::isnan(maximum)) result.attended[j] = !mask.excludes(row, j);
-    score[j] = result.attended[j] ? std::exp(score[j] - maximum) : 0.0;
+    score[j] = result.attended[j] ? std::exp(score[j] - maximum) : 0;
     sum += score[j];
   }
-  if (sum == 0.0) return result;  // attends to nothing: weights are 0, logsumexp -inf
+  if (sum == 0) return result;  // attends to nothing: weights are 0, logsumexp -inf
   result.logsumexp = maximum + std::log(sum);
-  for (double& weight : result.weight) weight /= sum;
+  for (T& weight : result.weight) weight /= sum;
 
   if (params.dropout.probability > 0.0) {
     const std::uint32_t threshold = dropout_threshold(params.dropout.probability);
     const auto seed = static_cast<std::uint64_t>(*params.dropout.seed);
     for (std::int64_t j = 0; j < shape.kv_len; ++j) {
-      result.keep[j] =
-          dropout_keeps(seed, threshold, slice, row, j) ? dropout_scale(threshold) : 0.0;
+      result.keep[j] = dropout_keeps(seed, threshold, slice, row, j)
+                           ? static_cast<T>(dropout_scale(threshold))
+                           : 0;
     }
   }
   return result;
 }
 
-/// Sums of the mask's gradient in double, one for each element of the mask's own shape.
+/// Sums of the mask's gradient, one for each element of the mask's own shape.
+template <typename T>
 class MaskGradient {
  public:
   MaskGradient(const StridedView& view, ScalarType dtype, const AttentionShape& shape)
@@ -167,13 +182,12 @@ class MaskGradient {
     own_.q_len = view.row_stride == 0 ? 1 : shape.q_len;
     own_.kv_len = view.col_stride == 0 ? 1 : shape.kv_len;
     sums_.assign(static_cast<std::size_t>(count * own_.query_heads * own_.q_len * own_.kv_len),
-                 0.0);
+                 T{0});
   }
 
   bool wanted() const { return view_.data != nullptr; }
 
-  void add(std::int64_t batch, std::int64_t head, std::int64_t row, std::int64_t col,
-           double value) {
+  void add(std::int64_t batch, std::int64_t head, std::int64_t row, std::int64_t col, T value) {
     std::int64_t own_batch = 0;
     std::int64_t place = 1;
     for (int dim = kMaxBatchDims - 1; dim >= 0; --dim) {
@@ -211,35 +225,34 @@ class MaskGradient {
   ScalarType type_;
   const AttentionShape& shape_;
   AttentionShape own_{};  // the mask's sizes; its value_dim and head_dim mean nothing
-  std::vector<double> sums_;
+  std::vector<T> sums_;
 };
 
 ScalarType logsumexp_type(ScalarType dtype) {
   return dtype == ScalarType::kFloat64 ? ScalarType::kFloat64 : ScalarType::kFloat32;
 }
 
-}  // namespace
-
-void attention_forward_reference(const AttentionForwardParams& params) {
+template <typename T>
+void forward(const AttentionForwardParams& params, DotOrder order) {
   const AttentionShape& shape = params.shape;
   for (std::int64_t slice = 0; slice < shape.batch() * shape.query_heads; ++slice) {
     const std::int64_t batch = slice / shape.query_heads;
     const std::int64_t head = slice % shape.query_heads;
     const std::int64_t kv_head = head / shape.group();
-    const DenseSlice query(params.query, params.dtype, shape, batch, head, shape.q_len,
-                           shape.head_dim);
-    const DenseSlice key(params.key, params.dtype, shape, batch, kv_head, shape.kv_len,
-                         shape.head_dim);
-    const DenseSlice value(params.value, params.dtype, shape, batch, kv_head, shape.kv_len,
-                           shape.value_dim);
+    const DenseSlice<T> query(params.query, params.dtype, shape, batch, head, shape.q_len,
+                              shape.head_dim);
+    const DenseSlice<T> key(params.key, params.dtype, shape, batch, kv_head, shape.kv_len,
+                            shape.head_dim);
+    const DenseSlice<T> value(params.value, params.dtype, shape, batch, kv_head, shape.kv_len,
+                              shape.value_dim);
     const PairMask mask(params.masking, shape, batch, head);
 
-    DenseSlice out(shape.q_len, shape.value_dim);
+    DenseSlice<T> out(shape.q_len, shape.value_dim);
     for (std::int64_t i = 0; i < shape.q_len; ++i) {
-      const RowWeights row = row_weights(params, query, key, mask, slice, i);
+      const RowWeights<T> row = row_weights(params, query, key, mask, slice, i, order);
       for (std::int64_t j = 0; j < shape.kv_len; ++j) {
-        const double weight = row.weight[j] * row.keep[j];
-        if (!row.attended[j] || row.keep[j] == 0.0) continue;
+        const T weight = row.weight[j] * row.keep[j];
+        if (!row.attended[j] || row.keep[j] == 0) continue;
         for (std::int64_t d = 0; d < shape.value_dim; ++d) out(i, d) += weight * value(j, d);
       }
       if (params.logsumexp != nullptr) {
@@ -254,54 +267,71 @@ void attention_forward_reference(const AttentionForwardParams& params) {
 // The exact gradient of the inputs: out and logsumexp are computed again in double, so that their
 // rounding in params.out and params.logsumexp is an error of the kernels under test, not of the
 // oracle.
-void attention_backward_reference(const AttentionBackwardParams& params) {
+/// x as a tensor of this dtype holds it.
+template <typename T>
+T as_stored(T x, ScalarType dtype) {
+  alignas(8) char element[8];
+  store_element(element, 0, dtype, x);
+  return static_cast<T>(load_element(element, 0, dtype));
+}
+
+/// delta_of_out: delta = rowsum(grad_out * out) of the rounded out, as fused attention has it,
+/// instead of the sum of the weights' gradients.
+template <typename T>
+void backward(const AttentionBackwardParams& params, DotOrder order, bool delta_of_out) {
   const AttentionShape& shape = params.shape;
-  MaskGradient grad_mask(params.grad_mask, params.dtype, shape);
+  MaskGradient<T> grad_mask(params.grad_mask, params.dtype, shape);
 
   for (std::int64_t kv_slice = 0; kv_slice < shape.batch() * shape.kv_heads; ++kv_slice) {
     const std::int64_t batch = kv_slice / shape.kv_heads;
     const std::int64_t kv_head = kv_slice % shape.kv_heads;
-    const DenseSlice key(params.key, params.dtype, shape, batch, kv_head, shape.kv_len,
-                         shape.head_dim);
-    const DenseSlice value(params.value, params.dtype, shape, batch, kv_head, shape.kv_len,
-                           shape.value_dim);
-    DenseSlice grad_key(shape.kv_len, shape.head_dim);
-    DenseSlice grad_value(shape.kv_len, shape.value_dim);
+    const DenseSlice<T> key(params.key, params.dtype, shape, batch, kv_head, shape.kv_len,
+                            shape.head_dim);
+    const DenseSlice<T> value(params.value, params.dtype, shape, batch, kv_head, shape.kv_len,
+                              shape.value_dim);
+    DenseSlice<T> grad_key(shape.kv_len, shape.head_dim);
+    DenseSlice<T> grad_value(shape.kv_len, shape.value_dim);
 
     for (std::int64_t g = 0; g < shape.group(); ++g) {
       const std::int64_t head = kv_head * shape.group() + g;
       const std::int64_t slice = batch * shape.query_heads + head;
-      const DenseSlice query(params.query, params.dtype, shape, batch, head, shape.q_len,
-                             shape.head_dim);
-      const DenseSlice grad_out(params.grad_out, params.dtype, shape, batch, head, shape.q_len,
-                                shape.value_dim);
+      const DenseSlice<T> query(params.query, params.dtype, shape, batch, head, shape.q_len,
+                                shape.head_dim);
+      const DenseSlice<T> grad_out(params.grad_out, params.dtype, shape, batch, head, shape.q_len,
+                                   shape.value_dim);
       const PairMask mask(params.masking, shape, batch, head);
-      DenseSlice grad_query(shape.q_len, shape.head_dim);
+      DenseSlice<T> grad_query(shape.q_len, shape.head_dim);
 
       for (std::int64_t i = 0; i < shape.q_len; ++i) {
-        const RowWeights row = row_weights(params, query, key, mask, slice, i);
-        std::vector<double> grad_weight(static_cast<std::size_t>(shape.kv_len));  // (kv_len) dP
-        double delta = 0.0;
+        const RowWeights<T> row = row_weights(params, query, key, mask, slice, i, order);
+        std::vector<T> grad_weight(static_cast<std::size_t>(shape.kv_len));  // (kv_len) dP
+        T delta = 0;
         for (std::int64_t j = 0; j < shape.kv_len; ++j) {
-          if (!row.attended[j] || row.keep[j] == 0.0) continue;
-          double dot = 0.0;
-          for (std::int64_t d = 0; d < shape.value_dim; ++d) dot += grad_out(i, d) * value(j, d);
-          grad_weight[j] = dot * row.keep[j];
+          if (!row.attended[j] || row.keep[j] == 0) continue;
+          grad_weight[j] = dot(grad_out, i, value, j, shape.value_dim, order) * row.keep[j];
           delta += row.weight[j] * grad_weight[j];  // summed over j: rowsum(grad_out * out)
           for (std::int64_t d = 0; d < shape.value_dim; ++d) {
             grad_value(j, d) += row.weight[j] * row.keep[j] * grad_out(i, d);
           }
         }
+        for (std::int64_t d = 0; delta_of_out && d < shape.value_dim; ++d) {
+          if (d == 0) delta = 0;
+          T out = 0;
+          for (std::int64_t j = 0; j < shape.kv_len; ++j) {
+            if (row.attended[j]) out += row.weight[j] * row.keep[j] * value(j, d);
+          }
+          delta += grad_out(i, d) * as_stored(out, params.dtype);
+        }
         if (params.grad_logsumexp != nullptr && row.logsumexp != -kInfinity) {
-          delta -= load_element(params.grad_logsumexp, slice * shape.q_len + i,
-                                logsumexp_type(params.dtype));
+          delta -= static_cast<T>(load_element(params.grad_logsumexp, slice * shape.q_len + i,
+                                               logsumexp_type(params.dtype)));
         }
         for (std::int64_t j = 0; j < shape.kv_len; ++j) {
           if (!row.attended[j]) continue;
-          const double grad_score = row.weight[j] * (grad_weight[j] - delta);
+          const T grad_score = row.weight[j] * (grad_weight[j] - delta);
           for (std::int64_t d = 0; d < shape.head_dim; ++d) {
-            grad_query(i, d) += params.scale * grad_score * key(j, d);
-            grad_key(j, d) += params.scale * grad_score * query(i, d);
+            grad_query(i, d) += static_cast<T>(params.scale) * grad_score * key(j, d);
+            grad_key(j, d) += static_cast<T>(params.scale) * grad_score * query(i, d);
           }
           if (grad_mask.wanted()) grad_mask.add(batch, head, i, j, grad_score);
         }
@@ -312,6 +342,26 @@ void attention_backward_reference(const AttentionBackwardParams& params) {
     grad_value.store(params.grad_value, gradient_type(params), shape, batch, kv_head);
   }
   if (grad_mask.wanted()) grad_mask.store();
+}
+
+}  // namespace
+
+void attention_forward_reference(const AttentionForwardParams& params) {
+  forward<double>(params, DotOrder::kFirstToLast);
+}
+
+void attention_backward_reference(const AttentionBackwardParams& params) {
+  backward<double>(params, DotOrder::kFirstToLast, false);
+}
+
+void attention_forward_written_out(const AttentionForwardParams& params, DotOrder order) {
+  params.dtype == ScalarType::kFloat64 ? forward<double>(params, order)
+                                       : forward<float>(params, order);
+}
+
+void attention_backward_written_out(const AttentionBackwardParams& params, DotOrder order) {
+  params.dtype == ScalarType::kFloat64 ? backward<double>(params, order, true)
+                                       : backward<float>(params, order, true);
 }
 
 }  // namespace torch_ext

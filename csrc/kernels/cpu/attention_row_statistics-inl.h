@@ -1,0 +1,244 @@
+// What a row's weights are relative to: weight = factor * exp(score - reference). As a rule
+// reference is logsumexp and factor 1. A float rounds a large logsumexp by more than weights can
+// bear: by 6e-5 of them at 1024, and by the whole logarithm of the number of keys in a row whose
+// every key carries a huge finite mask. Such rows take their maximum and sum from the scores once
+// more, before the backward pass proper; calls that have none pay for one look at logsumexp.
+//
+// The decoding kernel adds its products up in another order than the backward pass. What the two
+// differ by shows as soon as some scores stand out, so that rows as few as it takes are done over
+// earlier, and their delta = sum of P dP as well.
+
+template <typename Policy>
+struct RowStatistics {
+  using T = typename Policy::Compute;
+  static constexpr int kLanes = Simd<T>::kLanes;
+
+  const AttentionBackwardParams& params;
+  const BackwardPlan& plan;
+  const ScoreBlocks<Policy>& blocks;
+  const DropoutState& dropout;
+  char* workspace;
+
+  /// A logsumexp beyond this is not taken at its word. Of few rows: what is more than 3 above that
+  /// of equal scores.
+  T limit = static_cast<T>(
+      plan.few_rows ? 3.0 + __builtin_log(static_cast<double>(max_of(params.shape.kv_len, 1)))
+                    : 1024.0);
+
+  std::int64_t rows() const {
+    return params.shape.batch() * params.shape.query_heads * params.shape.q_len;
+  }
+  /// Of a row, (batch, query_heads, q_len), and those that follow.
+  T* references(std::int64_t row) const {
+    return reinterpret_cast<T*>(workspace + plan.statistics_offset) + row;
+  }
+  T* factors(std::int64_t row) const { return references(rows()) + row; }
+  T* deltas(std::int64_t row) const { return factors(rows()) + row; }
+  bool has_delta(std::int64_t row) const { return *deltas(row) != kInfinity<T>; }
+
+  /// -inf: the row attends to nothing.
+  TORCH_EXT_INLINE bool uncertain(T logsumexp, T limit) {
+    return (logsumexp > limit || logsumexp < -limit) && logsumexp > -kInfinity<T>;
+  }
+  bool any_uncertain(std::int64_t first, std::int64_t count) const {
+    const T* logsumexp = static_cast<const T*>(params.logsumexp) + first;
+    bool any = false;
+    for (std::int64_t row = 0; row < count; ++row) any |= uncertain(logsumexp[row], limit);
+    return any;
+  }
+
+  static T reference_of(T logsumexp) {
+    return logsumexp == -kInfinity<T> ? kInfinity<T> : logsumexp;
+  }
+
+  /// Statistics of one query block of one head. `slice` counts (batch, query_heads).
+  void run(const BackwardScratch<Policy>& scratch, std::int64_t slice, std::int64_t start) const {
+    const AttentionShape& shape = params.shape;
+    const std::int64_t count = min_of(plan.query_block, shape.q_len - start);
+    const std::int64_t first_row = slice * shape.q_len + start;
+    const T* logsumexp = static_cast<const T*>(params.logsumexp) + first_row;
+    for (std::int64_t i = 0; i < count; ++i) {
+      references(first_row)[i] = reference_of(logsumexp[i]);
+      factors(first_row)[i] = static_cast<T>(1);
+      deltas(first_row)[i] = kInfinity<T>;
+    }
+    if (!any_uncertain(first_row, count)) return;
+    const std::int64_t batch = slice / shape.query_heads;
+    const std::int64_t head = slice % shape.query_heads;
+    for (std::int64_t i = 0; i < count; ++i) {
+      store<T>(lanes_of(scratch, i, 0), broadcast(-kInfinity<T>));
+      store<T>(lanes_of(scratch, i, 1), Vec<T>{});
+    }
+    double key_square = 0.0;  // the largest squared norm
+    for_key_tiles(scratch, batch, head, start, [&](const ScoreBlock<Policy>& block) {
+      const double square = largest_square(block, batch, head / shape.group());
+      key_square = square > key_square ? square : key_square;
+      add_weights(scratch, block, start);
+    });
+    const std::int64_t query = slice_offset(params.query, shape.batch_sizes, batch, head);
+    bool changed = false;
+    for (std::int64_t i = 0; i < count; ++i) {
+      if (!uncertain(logsumexp[i], limit)) continue;
+      const double square = square_of(params.query, query + (start + i) * params.query.row_stride);
+      changed |= finish_row(scratch, i, logsumexp[i], square * key_square, first_row + i);
+    }
+    if (plan.few_rows && changed) recompute_deltas(scratch, batch, head, start, first_row, count);
+  }
+
+ private:
+  // (queries, 2, kLanes): running maxima and sums.
+  T* lanes_of(const BackwardScratch<Policy>& scratch, std::int64_t i, int which) const {
+    return scratch.row_lanes + (2 * i + which) * kLanes;
+  }
+
+  /// body(block), with its products in scratch.weight, of every tile of keys that some of the
+  /// queries see.
+  template <typename Body>
+  void for_key_tiles(const BackwardScratch<Policy>& scratch, std::int64_t batch, std::int64_t head,
+                     std::int64_t start, const Body& body) const {
+    const AttentionShape& shape = params.shape;
+    const std::int64_t kv_head = head / shape.group();
+    for (std::int64_t first = 0; first < shape.kv_len; first += plan.key_tile) {
+      const std::int64_t keys = min_of(plan.key_tile, shape.kv_len - first);
+      const TileClass padding = blocks.load_key_bias(scratch.key_bias, batch, first, keys);
+      ScoreBlock<Policy> block{};
+      if (padding == TileClass::kEmpty ||
+          !blocks.locate(block, batch, kv_head, head % shape.group(), start, first, keys,
+                         padding)) {
+        continue;
+      }
+      const std::int64_t base = slice_offset(params.key, shape.batch_sizes, batch, kv_head) +
+                                first * params.key.row_stride;
+      blocks.pack_tile(params.key, base, shape.head_dim, keys, scratch.key_panel);
+      const StagedRows<Policy> query = blocks.stage(params.query, batch, kv_head, block,
+                                                    shape.head_dim, scratch.query_rows, false);
+      contract<Policy, false>(block.queries, block.vectors, depth_steps<Policy>(shape.head_dim),
+                              query.over_columns, scratch.key_panel, plan.key_tile, scratch.weight,
+                              plan.key_tile);
+      body(block);
+    }
+  }
+
+  void add_weights(const BackwardScratch<Policy>& scratch, const ScoreBlock<Policy>& block,
+                   std::int64_t start) const {
+    const NaturalScores<Policy> scores{params.masking, scratch, block,
+                                       static_cast<T>(params.scale)};
+    for (std::int64_t i = 0; i < block.queries; ++i) {
+      T* maxima = lanes_of(scratch, block.first_query - start + i, 0);
+      T* sums = lanes_of(scratch, block.first_query - start + i, 1);
+      for (std::int64_t j = 0; j < block.vectors; ++j) {
+        const Vec<T> score =
+            natural_scores<true>(scores, i, j * kLanes, i * plan.key_tile + j * kLanes);
+        const Vec<T> previous = load<T>(maxima);
+        const Vec<T> maximum = vector_max(previous, score);
+        const Vec<T> reference = maximum == broadcast(-kInfinity<T>) ? Vec<T>{} : maximum;
+        store<T>(sums, load<T>(sums) * weights(previous - reference) + weights(score - reference));
+        store<T>(maxima, maximum);
+      }
+    }
+  }
+
+  static Vec<T> weights(Vec<T> x) {
+    const ScoreDomain<T> natural = ScoreDomain<T>::of(1.0);
+    const Vec<T> weight =
+        exp2_product(vector_max(broadcast(natural.lowest), x), broadcast(natural.log2));
+    return x < natural.lowest ? Vec<T>{} : weight;
+  }
+
+  double square_of(const ConstStridedView& view, std::int64_t offset) const {
+    Vec<T> sum{};
+    for (std::int64_t d = 0; d < params.shape.head_dim; d += kLanes) {
+      const Vec<T> x =
+          load_elements<T>(element_at(view.data, params.dtype, offset + d * view.col_stride),
+                           params.dtype, view.col_stride, params.shape.head_dim - d);
+      sum += x * x;
+    }
+    return horizontal_sum<T>(sum);
+  }
+
+  double largest_square(const ScoreBlock<Policy>& block, std::int64_t batch,
+                        std::int64_t kv_head) const {
+    const std::int64_t base = slice_offset(params.key, params.shape.batch_sizes, batch, kv_head);
+    double largest = 0.0;
+    for (std::int64_t key = 0; key < block.keys; ++key) {
+      const double square =
+          square_of(params.key, base + (block.first_key + key) * params.key.row_stride);
+      largest = square > largest ? square : largest;
+    }
+    return largest;
+  }
+
+  /// The row's own maximum and sum. False, and nothing is changed, where logsumexp is not theirs
+  /// beyond what scores of this size round to: somebody has joined it with that of other keys.
+  bool finish_row(const BackwardScratch<Policy>& scratch, std::int64_t i, T logsumexp,
+                  double squares, std::int64_t row) const {
+    const Vec<T> maxima = load<T>(lanes_of(scratch, i, 0));
+    const T maximum = horizontal_max<T>(maxima);
+    if (!(maximum > -kInfinity<T>)) return false;
+    const T sum = horizontal_sum<T>(load<T>(lanes_of(scratch, i, 1)) * weights(maxima - maximum));
+    const double size = __builtin_fabs(static_cast<double>(logsumexp)) +
+                        __builtin_fabs(params.scale) * __builtin_sqrt(squares);
+    const double tolerance = size * (sizeof(T) == 8 ? 0x1p-49 : 0x1p-20);
+    const double recomputed = maximum + __builtin_log(static_cast<double>(sum));
+    if (!(__builtin_fabs(recomputed - logsumexp) <= tolerance)) return false;
+    *references(row) = maximum;
+    *factors(row) = static_cast<T>(1) / sum;
+    if (plan.few_rows) *deltas(row) = static_cast<T>(0);  // recompute_deltas() has the sum
+    return true;
+  }
+
+  /// delta = sum of P dP of the rows that finish_row() has changed, before grad_logsumexp.
+  void recompute_deltas(const BackwardScratch<Policy>& scratch, std::int64_t batch,
+                        std::int64_t head, std::int64_t start, std::int64_t first_row,
+                        std::int64_t count) const {
+    const AttentionShape& shape = params.shape;
+    const std::int64_t kv_head = head / shape.group();
+    const std::int64_t stride = plan.key_tile;
+    for (std::int64_t i = 0; i < count; ++i) store<T>(lanes_of(scratch, i, 0), Vec<T>{});
+    for_key_tiles(scratch, batch, head, start, [&](const ScoreBlock<Policy>& block) {
+      const std::int64_t base = slice_offset(params.value, shape.batch_sizes, batch, kv_head) +
+                                block.first_key * params.value.row_stride;
+      blocks.pack_tile(params.value, base, shape.value_dim, block.keys, scratch.value_panel);
+      const StagedRows<Policy> grad_out = blocks.stage(
+          params.grad_out, batch, kv_head, block, shape.value_dim, scratch.grad_out_rows, false);
+      contract<Policy, false>(block.queries, block.vectors, depth_steps<Policy>(shape.value_dim),
+                              grad_out.over_columns, scratch.value_panel, stride,
+                              scratch.grad_score, stride);
+      if (dropout.active) {
+        dropout_bits_of_keys(scratch.dropout_bits, stride, block.queries, block.keys,
+                             block.first_query, block.first_key, block.slice, dropout.seed);
+      }
+      add_deltas(scratch, block, start, first_row);
+    });
+    for (std::int64_t i = 0; i < count; ++i) {
+      if (!has_delta(first_row + i)) continue;
+      *deltas(first_row + i) = horizontal_sum<T>(load<T>(lanes_of(scratch, i, 0)));
+    }
+  }
+
+  void add_deltas(const BackwardScratch<Policy>& scratch, const ScoreBlock<Policy>& block,
+                  std::int64_t start, std::int64_t first_row) const {
+    using IntVector = typename Simd<T>::IntVector;
+    const NaturalScores<Policy> scores{params.masking, scratch, block,
+                                       static_cast<T>(params.scale)};
+    for (std::int64_t i = 0; i < block.queries; ++i) {
+      const std::int64_t row = block.first_query - start + i;
+      T* sums = lanes_of(scratch, row, 0);
+      for (std::int64_t j = 0; j < block.vectors; ++j) {
+        const std::int64_t place = i * plan.key_tile + j * kLanes;
+        const Vec<T> score = natural_scores<true>(scores, i, j * kLanes, place);
+        const Vec<T> weight =
+            weights(score - *references(first_row + row)) * *factors(first_row + row);
+        Vec<T> grad_weight = load<T>(scratch.grad_score + place);
+        if (dropout.active) {
+          const IntVector kept = dropout_keep<T>(scratch.dropout_bits + place, dropout.threshold);
+          grad_weight *= static_cast<T>(dropout.scale);
+          grad_weight = (Vec<T>)((IntVector)grad_weight & kept);
+        }
+        // Keys beyond the tile, whose dP nobody has made, have no weight.
+        const Vec<T> share = weight * grad_weight;
+        store<T>(sums, load<T>(sums) + (weight == Vec<T>{} ? Vec<T>{} : share));
+      }
+    }
+  }
+};

@@ -1,0 +1,105 @@
+// Where the backward pass works: blocks of some queries of one head by a tile of keys, and what of
+// the masks concerns each.
+
+template <typename Policy>
+struct ScoreBlocks {
+  using T = typename Policy::Compute;
+  using Scalar = typename Policy::Scalar;
+  static constexpr int kLanes = Simd<T>::kLanes;
+
+  const AttentionBackwardParams& params;
+  const BackwardPlan& plan;
+  const TileClass* mask_map;
+
+  /// The first query that sees any key from `first_key` on.
+  std::int64_t first_allowed(std::int64_t first_key) const {
+    return params.masking.is_causal ? max_of(first_key - params.masking.causal_offset, 0) : 0;
+  }
+
+  /// The block of head `g` of a group, of a tile of `count` keys, whose queries are those of the
+  /// plan's query block at `start`. False: no query of it attends to any of the keys.
+  bool locate(ScoreBlock<Policy>& block, std::int64_t batch, std::int64_t kv_head, std::int64_t g,
+              std::int64_t start, std::int64_t first_key, std::int64_t count,
+              TileClass padding) const {
+    const AttentionShape& shape = params.shape;
+    const AttentionMasking& masking = params.masking;
+    const std::int64_t head = kv_head * shape.group() + g;
+    block.head = g;
+    block.first_query = max_of(start, first_allowed(first_key));
+    const std::int64_t end = min_of(start + plan.query_block, shape.q_len);
+    block.queries = end - block.first_query;
+    if (block.queries <= 0) return false;
+    const TileClass mask = mask_class(batch, kv_head, start / plan.query_block, first_key);
+    if (mask == TileClass::kEmpty) return false;
+    block.first_key = first_key;
+    block.keys = count;
+    if (masking.is_causal) {
+      block.keys = min_of(count, end - 1 + masking.causal_offset - first_key + 1);
+    }
+    block.vectors = (block.keys + kLanes - 1) / kLanes;
+    block.diagonal = masking.is_causal && first_key + block.vectors * kLanes - 1 >
+                                              block.first_query + masking.causal_offset;
+    block.adds_mask = masking.kind == AttentionMaskKind::kAdditive || mask == TileClass::kMixed;
+    block.adds_key_bias = padding == TileClass::kMixed || block.vectors * kLanes > count;
+    block.slice = static_cast<std::uint32_t>(batch * shape.query_heads + head);
+    if (block.adds_mask) {
+      block.mask_row = element_at(
+          masking.mask.data,
+          masking.kind == AttentionMaskKind::kAdditive ? masking.mask_dtype : ScalarType::kBool,
+          slice_offset(masking.mask, shape.batch_sizes, batch, head) +
+              block.first_query * masking.mask.row_stride);
+    }
+    return true;
+  }
+
+  /// Key padding and the end of the keys as a bias, a whole tile long.
+  TileClass load_key_bias(T* bias, std::int64_t batch, std::int64_t first,
+                          std::int64_t count) const {
+    const ConstStridedView& padding = params.masking.key_padding;
+    for (std::int64_t key = 0; key < plan.key_tile; ++key) {
+      bias[key] = key < count ? static_cast<T>(0) : -kInfinity<T>;
+    }
+    if (padding.data == nullptr) return TileClass::kFull;
+    const std::uint8_t* bytes = static_cast<const std::uint8_t*>(padding.data) +
+                                slice_offset(padding, params.shape.batch_sizes, batch, 0);
+    for (std::int64_t key = 0; key < count; ++key) {
+      if (bytes[(first + key) * padding.col_stride]) bias[key] = -kInfinity<T>;
+    }
+    return classify_key_padding(bytes, padding.col_stride, first, count);
+  }
+
+  /// K^T or V^T of a tile of keys.
+  void pack_tile(const ConstStridedView& view, std::int64_t base, std::int64_t columns,
+                 std::int64_t count, Scalar* panel) const {
+    const std::int64_t row_stride = view.row_stride;
+    for (std::int64_t j = 0; j * kLanes < count; ++j) {
+      const std::int64_t first = base + j * kLanes * row_stride;
+      pack_lanes<Policy>(
+          view.data, params.dtype, view.col_stride, count - j * kLanes, columns,
+          [first, row_stride](int lane) { return first + lane * row_stride; }, false,
+          panel + j * kLanes, plan.key_tile);
+    }
+  }
+
+  /// A block's rows of query or grad_out.
+  StagedRows<Policy> stage(const ConstStridedView& view, std::int64_t batch, std::int64_t kv_head,
+                           const ScoreBlock<Policy>& block, std::int64_t columns, char* buffer,
+                           bool wants_rows) const {
+    const std::int64_t head = kv_head * params.shape.group() + block.head;
+    return stage_rows<Policy>(element_at(view.data, params.dtype,
+                                         slice_offset(view, params.shape.batch_sizes, batch, head) +
+                                             block.first_query * view.row_stride),
+                              params.dtype, view.row_stride, view.col_stride, block.queries,
+                              columns, buffer, true, wants_rows);
+  }
+
+ private:
+  TileClass mask_class(std::int64_t batch, std::int64_t kv_head, std::int64_t row_tile,
+                       std::int64_t key) const {
+    const MaskMapPlan& map = plan.mask_map;
+    if (!map.used) return TileClass::kFull;
+    if (map.row_tiles == 1) row_tile = 0;
+    const std::int64_t slice = mask_map_slice(map, params.shape, batch, kv_head);
+    return mask_map[(slice * map.row_tiles + row_tile) * map.column_tiles + key / map.column_tile];
+  }
+};
