@@ -59,6 +59,20 @@ def test_code_follows_the_switch_and_both_versions_stay_cached(first):
         assert counter.frame_count == 2, f"compiled anew in round {round_}"
 
 
+def test_cuda_is_a_state_of_its_own():
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(attention, backend=counter)
+    inputs = qkv()
+    for _ in range(2):
+        for on, cuda in ((True, False), (True, True), (False, False), (False, True)):
+            with torch_ext.enabled(on, cuda=cuda):
+                compiled(*inputs)
+                tag = torch.compiler.config.cache_key_tag
+                assert tag == (("torch_ext_cuda" if cuda else "torch_ext") if on else "")
+    assert counter.frame_count == 3
+    assert torch.compiler.config.cache_key_tag == ""
+
+
 def test_methods_nested_functions_and_graph_breaks_follow_too():
     class Layer(torch.nn.Module):
         def forward(self, *inputs: Tensor) -> Tensor:
