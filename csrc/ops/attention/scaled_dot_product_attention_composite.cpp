@@ -1,4 +1,7 @@
 // torch_ext::scaled_dot_product_attention: torch's signature over attention_forward().
+#include "scaled_dot_product_attention_composite.h"
+
+#include <ATen/record_function.h>
 #include <torch/library.h>
 
 #include <numeric>
@@ -36,6 +39,7 @@ at::Tensor attention(const at::Tensor& query, const at::Tensor& key, const at::T
                                      .scale = scale,
                                      .enable_gqa = enable_gqa};
   if (is_plain_cpu_inference({&query, &key, &value, arguments.attn_mask})) {
+    RECORD_FUNCTION("torch_ext::attention_forward", c10::ArrayRef<const c10::IValue>{});
     const auto geometry = check_attention<std::int64_t>(kOp, arguments, SeedArgument::kDrawnLater);
     at::Tensor seed;
     AttentionArguments seeded = arguments;
@@ -71,6 +75,15 @@ at::Tensor scaled_dot_product_attention(const at::Tensor& query, const at::Tenso
 }
 
 }  // namespace
+
+at::Tensor composite_scaled_dot_product_attention(const at::Tensor& query, const at::Tensor& key,
+                                                  const at::Tensor& value,
+                                                  const OptionalTensor& attn_mask, double dropout_p,
+                                                  bool is_causal, std::optional<double> scale,
+                                                  bool enable_gqa) {
+  return scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale,
+                                      enable_gqa);
+}
 
 TORCH_LIBRARY_IMPL(torch_ext, CompositeImplicitAutograd, m) {
   m.impl(kOp, TORCH_FN(scaled_dot_product_attention));

@@ -1,5 +1,6 @@
 // torch_ext::self_attention: projection, packed attention, projection.
 #include <ATen/ops/linear.h>
+#include <ATen/record_function.h>
 #include <torch/library.h>
 
 #include "attention_cpu.h"
@@ -87,6 +88,7 @@ at::Tensor self_attention(const at::Tensor& input, const at::Tensor& in_proj_wei
   const at::Tensor qkv = at::linear(input, in_proj_weight, in_proj_bias);  // (..., seq, 3 * embed)
   at::Tensor out;                                                          // (..., seq, embed)
   if (plain) {
+    RECORD_FUNCTION("torch_ext::packed_attention_forward", c10::ArrayRef<const c10::IValue>{});
     out = run_packed_attention_forward_cpu(kOp, qkv, num_heads, given(attn_mask), dropout_p,
                                            is_causal, given(key_padding_mask), given(seed),
                                            /*logsumexp=*/nullptr);

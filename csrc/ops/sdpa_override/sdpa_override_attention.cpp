@@ -2,8 +2,8 @@
 #include <ATen/ops/scaled_dot_product_attention_native.h>
 #include <torch/library.h>
 
-#include "../attention/attention_operators.h"
 #include "../attention/attention_path.h"
+#include "../attention/scaled_dot_product_attention_composite.h"
 #include "sdpa_override_kernels.h"
 #include "torch_backend_choice.h"
 
@@ -37,8 +37,8 @@ at::Tensor fused_attention(const at::Tensor& query, const at::Tensor& key, const
     return at::native::scaled_dot_product_attention(query, key, value, attn_mask, dropout_p,
                                                     is_causal, scale, enable_gqa);
   }
-  return call_scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal,
-                                           scale, enable_gqa);
+  return composite_scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal,
+                                                scale, enable_gqa);
 }
 
 }  // namespace
