@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any, TypeGuard
 
@@ -13,14 +13,15 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from torch_ext.gradient_reduction import unwrapped
+from torch_ext.optimizer_steps import innermost_optimizer
 
 __all__ = [
     "NAME",
     "MicroBatchWeight",
     "check_dtype",
     "check_independent_micro_batches",
-    "check_max_norm",
-    "check_optimizer",
+    "check_models",
+    "check_optimizers",
     "check_state",
     "is_number",
     "named_parameters",
@@ -37,16 +38,6 @@ def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def check_max_norm(max_norm: float | None) -> float | None:
-    if max_norm is None:
-        return None
-    if not is_number(max_norm):
-        raise TypeError(f"{NAME}: max_norm takes a number > 0 or None, got {max_norm!r}")
-    if not max_norm > 0.0:
-        raise ValueError(f"{NAME}: max_norm takes a number > 0 or None, got {max_norm}")
-    return float(max_norm)
-
-
 def check_dtype(dtype: torch.dtype) -> int:
     if dtype not in _DTYPE_CODES:
         raise ValueError(
@@ -55,51 +46,85 @@ def check_dtype(dtype: torch.dtype) -> int:
     return _DTYPE_CODES[dtype]
 
 
-def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Those that have or may get gradients."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{NAME}: model takes an nn.Module, got {type(model).__name__}")
-    found: dict[str, nn.Parameter] = {}
-    for name, param in unwrapped(model).named_parameters():
-        if isinstance(param, nn.parameter.UninitializedTensorMixin):
-            raise ValueError(
-                f"{NAME}: model takes initialised parameters, {name} is not: run a forward first"
+def check_models(model: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
+    if isinstance(model, nn.Module):
+        return [model]
+    models = list(model) if isinstance(model, Iterable) else []
+    for one in models or [model]:
+        if not isinstance(one, nn.Module):
+            raise TypeError(
+                f"{NAME}: model takes an nn.Module, or several, got {type(one).__name__}"
             )
-        if param.device.type == "meta":
-            raise ValueError(f"{NAME}: model takes parameters with memory, {name} is on meta")
-        if param.dtype in _DTYPE_CODES or param.requires_grad:
-            found[name] = param
+    return models
+
+
+def named_parameters(models: list[nn.Module]) -> dict[str, nn.Parameter]:
+    """Those that have or may get gradients."""
+    found: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for number, model in enumerate(models):
+        prefix = f"{number}." if len(models) > 1 else ""
+        for name, param in unwrapped(model).named_parameters(prefix.rstrip(".")):
+            if isinstance(param, nn.parameter.UninitializedTensorMixin):
+                raise ValueError(
+                    f"{NAME}: model takes initialised parameters, {name} is not: run a forward "
+                    "first"
+                )
+            if param.device.type == "meta":
+                raise ValueError(f"{NAME}: model takes parameters with memory, {name} is on meta")
+            if id(param) not in seen and (param.dtype in _DTYPE_CODES or param.requires_grad):
+                seen.add(id(param))
+                found[name] = param
     if not found:
         raise ValueError(f"{NAME}: model takes a module with parameters, got one without")
     return found
 
 
-def check_optimizer(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> None:
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"{NAME}: optimizer takes a torch.optim.Optimizer, got {type(optimizer).__name__}"
-        )
-    held = {id(param) for group in optimizer.param_groups for param in group["params"]}
+def check_optimizers(
+    optimizer: Optimizer | Iterable[Optimizer], parameters: Mapping[str, Tensor]
+) -> tuple[list[Optimizer], list[Optimizer]]:
+    """The optimizers as they were given, and those that accelerate has wrapped themselves."""
+    is_list = not isinstance(optimizer, Optimizer) and isinstance(optimizer, Iterable)
+    given: list[Optimizer] = list(optimizer) if is_list else [optimizer]
+    for one in given:
+        if not isinstance(one, Optimizer):
+            raise TypeError(
+                f"{NAME}: optimizer takes a torch.optim.Optimizer, or several, got "
+                f"{type(one).__name__}"
+            )
+    optimizers = [innermost_optimizer(one) for one in given]
+    names = {id(param): name for name, param in parameters.items()}
+    held: set[int] = set()
+    for one in optimizers:
+        own = [param for group in one.param_groups for param in group["params"]]
+        twice = [names.get(id(param), "one") for param in own if id(param) in held]
+        if twice:
+            raise ValueError(
+                f"{NAME}: optimizer takes optimizers that share no parameters, got two that hold "
+                f"{twice[0]}{_and_more(twice)}"
+            )
+        held.update(map(id, own))
     missing = [
         name for name, param in parameters.items() if param.requires_grad and id(param) not in held
     ]
     if missing:
         raise ValueError(
             f"{NAME}: optimizer takes one that holds the model's parameters, got one without "
-            f"{missing[0]}{_and_more(missing)}"
+            f"{missing[0]}{_and_more(missing)}: give a list of optimizers where several share them"
         )
-    known = {id(param) for param in parameters.values()}
     foreign = [
         f"one of sizes {tuple(param.shape)}"
-        for group in optimizer.param_groups
+        for one in optimizers
+        for group in one.param_groups
         for param in group["params"]
-        if id(param) not in known
+        if id(param) not in names
     ]
     if foreign:
         raise ValueError(
             f"{NAME}: optimizer takes one that holds the model's parameters only, got others: "
-            f"{foreign[0]}{_and_more(foreign)}"
+            f"{foreign[0]}{_and_more(foreign)}: give a list of models where it trains several"
         )
+    return given, optimizers
 
 
 def _and_more(items: list[str]) -> str:

@@ -8,6 +8,7 @@ the step needs the other processes for norm and weight alone.
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -80,6 +81,10 @@ class Reduction:
     def collect(self, core: Any) -> None:
         """Brings the open micro-batch's gradients where they do not lie in ``.grad``."""
 
+    def join_norms(self, norm: Tensor, norm_type: float) -> Tensor:
+        """All processes' norm, from those of the sums that each has after prepare_step()."""
+        return norm
+
     def prepare_step(
         self, core: Any, inverse_scale: Tensor | None, max_norm: float | None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,40 +96,45 @@ class DataParallelReduction(Reduction):
     """DistributedDataParallel: each process has sums of its own until the step adds them.
 
     Args:
-        ddp: the wrapped module, whose processes these are.
+        ddps: the wrapped modules, whose processes these are.
         count: of the accumulator's parameters.
     """
 
     is_alone = False
     leaves_node_hooks = True
 
-    def __init__(self, ddp: nn.Module, count: int) -> None:
-        self._ddp = ddp
+    def __init__(self, ddps: list[nn.Module], count: int) -> None:
+        self._ddps = ddps
         self._count = count
-        self._group = ddp.process_group
-        self._synchronised: bool | None = None
+        self._group = ddps[0].process_group
+        self._synchronised: list[bool] = []
 
     def enter_micro_batch(self) -> None:
         # As no_sync() has it, in steps that leave_micro_batch() takes back wherever they end.
-        self._synchronised = self._ddp.require_backward_grad_sync
-        self._ddp.require_backward_grad_sync = False
+        self._synchronised = [ddp.require_backward_grad_sync for ddp in self._ddps]
+        for ddp in self._ddps:
+            ddp.require_backward_grad_sync = False
 
     def leave_micro_batch(self) -> None:
-        if self._synchronised is not None:
-            self._ddp.require_backward_grad_sync = self._synchronised
-            self._synchronised = None
+        for ddp, synchronised in zip(self._ddps, self._synchronised, strict=False):
+            ddp.require_backward_grad_sync = synchronised
+        self._synchronised = []
 
     def prepare_step(
         self, core: Any, inverse_scale: Tensor | None, max_norm: float | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         weight = self._reduce(core)
         # Buffers are broadcast before the next forward, as after a backward that communicates.
-        self._ddp.require_forward_param_sync = True
+        for ddp in self._ddps:
+            ddp.require_forward_param_sync = True
+        if weight is None:
+            return core.prepare_step(1.0, None, None)  # nothing to step with
         norm, found_inf = core.measure()
         return core.normalise(norm, found_inf, weight[0], weight[1:], 1.0, inverse_scale, max_norm)
 
-    def _reduce(self, core: Any) -> Tensor:
-        """Adds up all processes' sums; returns (weight, first micro-batch's square and weight)."""
+    def _reduce(self, core: Any) -> Tensor | None:
+        """Adds up all processes' sums; returns (weight, first micro-batch's square and weight), or
+        None where no process has a gradient."""
         import torch.distributed as dist
 
         core.measure_first()
@@ -137,10 +147,7 @@ class DataParallelReduction(Reduction):
         dist.all_reduce(together, group=self._group)
         written = together[len(own) :].nonzero().flatten().tolist()
         if not written:
-            raise RuntimeError(
-                f"{_NAME}: step() takes a window with gradients, got none on any process: call "
-                "backward() inside micro_batch()"
-            )
+            return None
         # From here on some sums are all processes', some this one's own: good for this step alone.
         core.declare_lost()
         core.zero_missing(written)
@@ -233,6 +240,17 @@ class ShardedReduction(Reduction):
             "fully_shard has cut: its layers gather and drop their parameters in turn"
         )
 
+    def join_norms(self, norm: Tensor, norm_type: float) -> Tensor:
+        import torch.distributed as dist
+
+        if math.isinf(norm_type):
+            end = dist.ReduceOp.MAX if norm_type > 0.0 else dist.ReduceOp.MIN
+            dist.all_reduce(norm, op=end, group=self._shards)
+            return norm
+        total = norm.double() if norm_type == 0.0 else norm.double() ** norm_type
+        dist.all_reduce(total, group=self._shards)
+        return total if norm_type == 0.0 else total ** (1.0 / norm_type)
+
     def collect(self, core: Any) -> None:
         indices, grads = [], []
         for index, param in enumerate(self._params):
@@ -281,19 +299,34 @@ def _is_distributed(param: Tensor) -> bool:
     return tensor is not None and isinstance(param, tensor.DTensor)
 
 
-def reduction_of(model: nn.Module, params: list[Tensor], names: list[str]) -> Reduction:
-    """How this model's processes work together."""
-    module = unwrapped(model)
-    for part in module.modules():
-        if _has_base(part, "FullyShardedDataParallel"):
+def _check_one_group(
+    ddps: list[nn.Module], models: list[nn.Module], modules: list[nn.Module]
+) -> None:
+    for model, module in zip(models, modules, strict=True):
+        if _find_ddp(model) is None and any(param.requires_grad for param in module.parameters()):
             raise ValueError(
-                f"{_NAME}: model takes one cut by torch.distributed.fsdp.fully_shard (FSDP2), got "
-                "FullyShardedDataParallel"
+                f"{_NAME}: model takes models that are all in DistributedDataParallel, or none, "
+                f"got {type(module).__name__} beside some that are"
             )
-    ddp = _find_ddp(model)
-    if ddp is not None:
-        return DataParallelReduction(ddp, len(params))
-    groups = _fsdp_groups(module)
+    if any(ddp.process_group != ddps[0].process_group for ddp in ddps):
+        raise ValueError(f"{_NAME}: model takes models of one process group, got several")
+
+
+def reduction_of(models: list[nn.Module], params: list[Tensor], names: list[str]) -> Reduction:
+    """How these models' processes work together."""
+    modules = [unwrapped(model) for model in models]
+    for module in modules:
+        for part in module.modules():
+            if _has_base(part, "FullyShardedDataParallel"):
+                raise ValueError(
+                    f"{_NAME}: model takes one cut by torch.distributed.fsdp.fully_shard (FSDP2), "
+                    "got FullyShardedDataParallel"
+                )
+    ddps = [ddp for model in models if (ddp := _find_ddp(model)) is not None]
+    if ddps:
+        _check_one_group(ddps, models, modules)
+        return DataParallelReduction(ddps, len(params))
+    groups = [group for module in modules for group in _fsdp_groups(module)]
     managed = {id(param.sharded_param) for group in groups for param in group.fsdp_params}
     for name, param in zip(names, params, strict=True):
         if _is_distributed(param) and id(param) not in managed:

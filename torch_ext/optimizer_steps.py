@@ -1,15 +1,17 @@
-"""How a window's sums reach an optimizer: AdamW, Adam and SGD fused, others through .grad.
+"""How a window's sums reach the optimizers: AdamW, Adam and SGD fused, others through .grad.
 
 The fused steps keep ``optimizer.state`` the one torch.optim would have, so that schedulers,
 checkpoints and the optimizer's own ``step()`` go on as ever. Two things differ, both for bf16 and
-fp16 parameters: the moments are float32 (in fp16 their squares would be 0), and the parameters have
-float32 masters, which the accumulator's own state keeps.
+fp16 parameters, whatever the optimizer: the moments are float32 (in fp16 their squares would be 0),
+and the parameters have float32 masters, which the accumulator's own state keeps.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+import numbers
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,34 +20,49 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from torch_ext._C import run_then_clean_up
+from torch_ext.float32_moments import (
+    LOW_PRECISION,
+    is_own_hook,
+    keep_float32_moments,
+    local_tensor,
+    moment,
+    step_count,
+    widen_moments,
+)
 
-__all__ = ["OptimizerStep", "keep_float32_moments", "like_parameter", "local_tensor"]
+__all__ = ["OptimizerSteps", "innermost_optimizer", "like_parameter", "local_tensor"]
+
+_NAME = "torch_ext.GradientAccumulator"
 
 _adamw_step = torch.ops.torch_ext.adamw_step_
 _sgd_step = torch.ops.torch_ext.sgd_step_
 
-# Set on optimizers that have keep_float32_moments()' hooks.
-_KEEPS_MOMENTS = "_torch_ext_keeps_float32_moments"
-
-_LOW_PRECISION = (torch.bfloat16, torch.float16)
+_FUSED = (AdamW, Adam, SGD)
 
 
-def local_tensor(tensor: Tensor) -> Tensor:
-    """The part of a distributed tensor that lies here; any other tensor itself."""
-    return getattr(tensor, "_local_tensor", tensor)
+def innermost_optimizer(optimizer: Any) -> Any:
+    """The optimizer inside accelerate's wrapper, whose steps count micro-batches themselves."""
+    while type(optimizer).__name__ == "AcceleratedOptimizer":
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def _has_step_hooks(optimizer: Optimizer) -> bool:
     return bool(
-        optimizer._optimizer_step_pre_hooks
-        or optimizer._optimizer_step_post_hooks
-        or _global_optimizer_pre_hooks
+        optimizer._optimizer_step_post_hooks
         or _global_optimizer_post_hooks
+        or not all(map(is_own_hook, optimizer._optimizer_step_pre_hooks.values()))
+        or not all(map(is_own_hook, _global_optimizer_pre_hooks.values()))
     )
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float))
+    return isinstance(value, numbers.Real)  # NumPy's too
+
+
+def _rate(group: dict[str, Any]) -> Any:
+    lr = group["lr"]
+    return lr if isinstance(lr, Tensor) else float(lr)
 
 
 def _is_plain_adam(group: dict[str, Any]) -> bool:
@@ -56,99 +73,100 @@ def _is_plain_sgd(group: dict[str, Any]) -> bool:
     return all(map(_is_number, (group["momentum"], group["dampening"], group["weight_decay"])))
 
 
-def _moment(state: dict[str, Any], name: str, param: Tensor) -> Tensor:
-    """A state tensor of the parameter's shape, created as torch.optim does."""
-    moment = state.get(name)
-    if moment is None:
-        moment = torch.zeros_like(param, memory_format=torch.preserve_format)
-    if moment.dtype in _LOW_PRECISION:
-        moment = moment.float()
-    state[name] = moment
-    return local_tensor(moment)
-
-
-def _step_count(state: dict[str, Any], group: dict[str, Any], param: Tensor) -> Tensor:
-    count = state.get("step")
-    device = local_tensor(param).device
-    if count is None:
-        count = torch.zeros((), dtype=torch.float32, device=device)
-    elif not isinstance(count, Tensor):
-        count = torch.tensor(float(count), dtype=torch.float32, device=device)
-    elif count.device != device:
-        count = count.to(device)
-    state["step"] = count
-    return count
-
-
-class OptimizerStep:
-    """Steps one optimizer with the sums of one core.
+class OptimizerSteps:
+    """Steps optimizers with the sums of one core.
 
     Args:
-        optimizer: any of torch.optim's, or one like them.
+        optimizers: any of torch.optim's, or like them; bare, without accelerate's wrapper.
         core: the sums.
         params: the core's parameters, in its order.
         names: theirs, for messages.
     """
 
     def __init__(
-        self, optimizer: Optimizer, core: Any, params: list[Tensor], names: list[str]
+        self, optimizers: list[Optimizer], core: Any, params: list[Tensor], names: list[str]
     ) -> None:
-        closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-        if closure is not None and closure.default is inspect.Parameter.empty:
-            raise ValueError(
-                "torch_ext.GradientAccumulator: optimizer takes one that steps without a closure, "
-                f"got {type(optimizer).__name__}"
-            )
-        self._optimizer = optimizer
         self._core = core
         self._params = params
         self._names = names
         self._index_of = {id(param): index for index, param in enumerate(params)}
-        self._has_masters = any(param.dtype in _LOW_PRECISION for param in params)
+        self._steps = [_OptimizerStep(one, core, params, self._index_of) for one in optimizers]
 
     def __call__(self, coefficient: Tensor, found_inf: Tensor) -> None:
         """Steps with ``coefficient * sum`` for every parameter that has a sum."""
-        written = self._core.written()
-        self._check_held(written)
+        written = set(self._core.written())
+        held: set[int] = set()
+        for step in self._steps:
+            held |= step.held()
+        if not held <= self._index_of.keys():
+            raise RuntimeError(
+                f"{_NAME}: step(): the optimizer has been given parameters that are not the "
+                "model's: make an accumulator for both"
+            )
+        for index in sorted(written):
+            if id(self._params[index]) not in held:
+                raise RuntimeError(
+                    f"{_NAME}: step(): {self._names[index]} has a gradient, but the optimizer does "
+                    "not hold it: freeze it, or add it to the optimizer"
+                )
+        for step in self._steps:
+            step(written, coefficient, found_inf)
+
+
+class _OptimizerStep:
+    def __init__(
+        self, optimizer: Optimizer, core: Any, params: list[Tensor], index_of: dict[int, int]
+    ) -> None:
+        closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise ValueError(
+                f"{_NAME}: optimizer takes one that steps without a closure, got "
+                f"{type(optimizer).__name__}"
+            )
+        self._optimizer = optimizer
+        self._core = core
+        self._params = params
+        self._index_of = index_of
+        if type(optimizer) not in _FUSED and any(
+            local_tensor(param) is not param and param.dtype in LOW_PRECISION for param in params
+        ):
+            warnings.warn(
+                f"{_NAME}: the bf16 and fp16 shards of fully_shard have no float32 masters with "
+                f"{type(optimizer).__name__}: AdamW, Adam and SGD have, and so have float32 "
+                "parameters with a MixedPrecisionPolicy",
+                stacklevel=4,
+            )
+
+    def held(self) -> set[int]:
+        return {id(param) for group in self._optimizer.param_groups for param in group["params"]}
+
+    def __call__(self, written: set[int], coefficient: Tensor, found_inf: Tensor) -> None:
         # What a scheduler asks for before it says that it was called too early.
         self._optimizer._opt_called = True
         if coefficient.device.type == "cpu" and found_inf.item() != 0.0:
             return
+        groups = [
+            (group, [i for param in group["params"] if (i := self._index_of[id(param)]) in written])
+            for group in self._optimizer.param_groups
+        ]
         with torch.no_grad():
             step = self._fused_step()
             if step is None:
-                self._step_through_grad(written, coefficient, found_inf)
+                indices = [index for _, indices in groups for index in indices]
+                if indices and found_inf.item() == 0.0:
+                    self._step_through_grad(indices, coefficient)
                 return
-            present = set(written)
-            for group in self._optimizer.param_groups:
-                indices = [
-                    index
-                    for param in group["params"]
-                    if (index := self._index_of[id(param)]) in present
-                ]
+            for group, indices in groups:
                 if indices:
                     step(group, indices, coefficient, found_inf)
-
-    def _check_held(self, written: Iterable[int]) -> None:
-        held = {id(param) for group in self._optimizer.param_groups for param in group["params"]}
-        if not held <= self._index_of.keys():
-            raise RuntimeError(
-                "torch_ext.GradientAccumulator: step(): the optimizer has been given parameters "
-                "that are not the model's: make an accumulator for both"
-            )
-        for index in written:
-            if id(self._params[index]) not in held:
-                raise RuntimeError(
-                    f"torch_ext.GradientAccumulator: step(): {self._names[index]} has a gradient, "
-                    "but the optimizer does not hold it: freeze it, or add it to the optimizer"
-                )
 
     def _fused_step(self) -> Callable[..., None] | None:
         """The fused step of this optimizer as it is set now."""
         groups = self._optimizer.param_groups
-        # Not for subclasses, which may do more; nor past hooks, which may look at .grad.
+        # Not for subclasses, which may do more; nor past hooks, which may look at .grad; nor where
+        # parameters lie over one another, which one pass over all of them cannot update in turn.
         kind = type(self._optimizer)
-        if kind not in (AdamW, Adam, SGD) or _has_step_hooks(self._optimizer):
+        if kind not in _FUSED or _has_step_hooks(self._optimizer) or self._core.shares_memory():
             return None
         if any(group["differentiable"] for group in groups):
             return None
@@ -156,8 +174,9 @@ class OptimizerStep:
             return self._sgd_step if all(map(_is_plain_sgd, groups)) else None
         return self._adam_step if all(map(_is_plain_adam, groups)) else None
 
-    def _masters(self, indices: list[int]) -> list[Tensor]:
-        return self._core.masters(indices) if self._has_masters else []
+    def _masters(self, params: list[Tensor], indices: list[int]) -> list[Tensor]:
+        has_masters = any(param.dtype in LOW_PRECISION for param in params)
+        return self._core.masters(indices) if has_masters else []
 
     def _adam_step(
         self, group: dict[str, Any], indices: list[int], coefficient: Tensor, found_inf: Tensor
@@ -166,22 +185,22 @@ class OptimizerStep:
         states = [self._optimizer.state[param] for param in params]
         pairs = list(zip(states, params, strict=True))
         amsgrad = group["amsgrad"]
-        lr = group["lr"]
+        lr = _rate(group)
         step = _adamw_step.tensor_lr if isinstance(lr, Tensor) else _adamw_step.default
-        steps = [_step_count(state, group, param) for state, param in pairs]
+        steps = [step_count(state, group, param) for state, param in pairs]
         step(
             [local_tensor(param) for param in params],
             self._core.sums(indices),
-            [_moment(state, "exp_avg", param) for state, param in pairs],
-            [_moment(state, "exp_avg_sq", param) for state, param in pairs],
-            [_moment(state, "max_exp_avg_sq", param) for state, param in pairs] if amsgrad else [],
-            self._masters(indices),
+            [moment(state, "exp_avg", param) for state, param in pairs],
+            [moment(state, "exp_avg_sq", param) for state, param in pairs],
+            [moment(state, "max_exp_avg_sq", param) for state, param in pairs] if amsgrad else [],
+            self._masters(params, indices),
             steps,
             lr=lr,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
+            beta1=float(group["betas"][0]),
+            beta2=float(group["betas"][1]),
+            eps=float(group["eps"]),
+            weight_decay=float(group["weight_decay"]),
             decoupled=group["decoupled_weight_decay"],
             amsgrad=amsgrad,
             maximize=group["maximize"],
@@ -189,8 +208,6 @@ class OptimizerStep:
             found_inf=found_inf,
             reset=False,
         )
-        if self._has_masters:
-            self._core.mark_stepped(indices)
 
     def _sgd_step(
         self, group: dict[str, Any], indices: list[int], coefficient: Tensor, found_inf: Tensor
@@ -209,20 +226,20 @@ class OptimizerStep:
             elif any(first_step) and found_inf.item() != 0.0:
                 return
             buffers = [
-                _moment(state, "momentum_buffer", param)
+                moment(state, "momentum_buffer", param)
                 for state, param in zip(states, params, strict=True)
             ]
-        lr = group["lr"]
+        lr = _rate(group)
         step = _sgd_step.tensor_lr if isinstance(lr, Tensor) else _sgd_step.default
         step(
             [local_tensor(param) for param in params],
             self._core.sums(indices),
             buffers,
-            self._masters(indices),
+            self._masters(params, indices),
             lr=lr,
-            momentum=momentum,
-            dampening=group["dampening"],
-            weight_decay=group["weight_decay"],
+            momentum=float(momentum),
+            dampening=float(group["dampening"]),
+            weight_decay=float(group["weight_decay"]),
             nesterov=group["nesterov"],
             maximize=group["maximize"],
             first_step=first_step,
@@ -230,42 +247,42 @@ class OptimizerStep:
             found_inf=found_inf,
             reset=False,
         )
-        if self._has_masters:
-            self._core.mark_stepped(indices)
 
-    def _step_through_grad(
-        self, written: list[int], coefficient: Tensor, found_inf: Tensor
-    ) -> None:
-        if found_inf.item() != 0.0:
-            return
-        sums = self._core.scale_sums(written, coefficient)
+    def _step_through_grad(self, indices: list[int], coefficient: Tensor) -> None:
+        sums = self._core.scale_sums(indices, coefficient)
         set_aside = [param.grad for param in self._params]
-        self._narrow_moments()
+        lent = self._params_with_masters(indices)
 
         def step() -> None:
             for param in self._params:
                 param.grad = None
-            for index, total in zip(written, sums, strict=True):
+            for index in lent:
+                widen_moments(self._optimizer.state.get(self._params[index]))
+            self._core.lend_masters(lent)
+            for index, total in zip(indices, sums, strict=True):
                 param = self._params[index]
                 param.grad = like_parameter(total.to(param.dtype), param)
             with torch.enable_grad():
                 self._optimizer.step()
 
         def put_back() -> None:
+            self._core.take_masters_back()
+            for param in self._params:
+                param.grad = None  # its dtype may be the master's
             for param, grad in zip(self._params, set_aside, strict=True):
+                param.grad = None  # its dtype may be the master's
                 param.grad = grad
 
         run_then_clean_up(step, put_back)
 
-    def _narrow_moments(self) -> None:
-        """What a fused step has widened: other steps expect the parameters' dtype."""
-        if not self._has_masters or type(self._optimizer) not in (AdamW, Adam, SGD):
-            return
-        for param, state in self._optimizer.state.items():
-            if param.dtype in _LOW_PRECISION:
-                for name, value in state.items():
-                    if name != "step" and isinstance(value, Tensor):
-                        state[name] = value.to(param.dtype)
+    def _params_with_masters(self, indices: list[int]) -> list[int]:
+        """Those whose masters take their places while an optimizer steps."""
+        low = [index for index in indices if self._params[index].dtype in LOW_PRECISION]
+        if low and self._core.shares_memory():
+            return []
+        if low:
+            keep_float32_moments(self._optimizer)
+        return [index for index in low if local_tensor(self._params[index]) is self._params[index]]
 
 
 def like_parameter(local: Tensor, param: Tensor) -> Tensor:
@@ -282,37 +299,3 @@ def like_parameter(local: Tensor, param: Tensor) -> Tensor:
         shape=param.shape,
         stride=param.stride(),
     )
-
-
-def keep_float32_moments(optimizer: Optimizer) -> None:
-    """Lets ``optimizer.load_state_dict()`` keep float32 moments of bf16 and fp16 parameters.
-
-    torch.optim rounds them to the parameters' dtype, and a resumed run would differ from one that
-    was never interrupted.
-    """
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    if type(optimizer) not in (AdamW, Adam, SGD):
-        return
-    if not any(param.dtype in _LOW_PRECISION for param in params):
-        return
-    if hasattr(optimizer, _KEEPS_MOMENTS):
-        return
-    setattr(optimizer, _KEEPS_MOMENTS, True)
-    loaded: list[dict[str, Any]] = []
-
-    def before(_: Optimizer, state_dict: dict[str, Any]) -> None:
-        loaded[:] = [state_dict]
-
-    def after(optimizer: Optimizer) -> None:
-        state_dict = loaded.pop()
-        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        params = [param for group in optimizer.param_groups for param in group["params"]]
-        for key, param in zip(keys, params, strict=True):
-            if param.dtype not in _LOW_PRECISION:
-                continue
-            for name, value in state_dict["state"].get(key, {}).items():
-                if name != "step" and isinstance(value, Tensor) and value.dtype == torch.float32:
-                    optimizer.state[param][name] = value.detach().clone().to(param.device)
-
-    optimizer.register_load_state_dict_pre_hook(before)
-    optimizer.register_load_state_dict_post_hook(after)

@@ -80,8 +80,8 @@ struct AdamEntry {
   Operand exp_avg{};
   Operand exp_avg_sq{};
   Operand max_exp_avg_sq{};  // amsgrad only
-  Operand master{};          // null: the param itself is updated; else it is the
-                             // master's rounded copy
+  Operand master{};          // null: the param itself is updated; else the param becomes the
+                             // master's rounding. Where it was not before, the master is the param
   StridedLoop loop{};        // of the six operands above
   Operand step{};            // one element, incremented
 };

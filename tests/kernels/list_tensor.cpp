@@ -101,6 +101,12 @@ void ListTensor::fill(const std::function<double(std::int64_t)>& value) const {
   for (std::int64_t index = 0; index < count_; ++index) set(index, value(index));
 }
 
+void round_masters(const ListTensor& param, const ListTensor& master) {
+  for (std::int64_t i = 0; i < param.count(); ++i) {
+    if (i % 7 != 0) param.set(i, master.get(i));
+  }
+}
+
 ListTensor ListTensor::copy() const {
   if (storage_ == nullptr) return {};
   ListTensor other(type_, place_);

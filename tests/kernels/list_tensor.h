@@ -97,6 +97,10 @@ struct ListTolerance {
 void expect_close(const ListTensor& actual, const ListTensor& expected,
                   const ListTolerance& tolerance, const std::string& what);
 
+/// Parameters as an optimizer leaves them: their masters' rounding. Every seventh is another
+/// number, which somebody has written since.
+void round_masters(const ListTensor& param, const ListTensor& master);
+
 /// A number in +-[1/4, 2) for each (seed, index).
 double varied_number(std::uint64_t seed, std::int64_t index);
 

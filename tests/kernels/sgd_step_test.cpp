@@ -49,7 +49,10 @@ SgdTensors make_tensors(const SgdTypes& types, const std::vector<ListPlace>& pla
   t.param.fill(4 * seed);
   t.accumulator.fill(4 * seed + 1);
   if (!t.first_step) t.momentum_buffer.fill(4 * seed + 2);
-  if (types.has_master) t.master.fill(4 * seed + 3);
+  if (types.has_master) {
+    t.master.fill(4 * seed + 3);
+    round_masters(t.param, t.master);
+  }
   if (strided) {
     t.loop = std::make_shared<LoopNumbers>(std::initializer_list<const ListTensor*>{
         &t.param, &t.accumulator, &t.momentum_buffer, &t.master});

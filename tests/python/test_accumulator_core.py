@@ -28,7 +28,7 @@ def _core(count: int = 2) -> Any:
     [
         lambda core, index: core.sums([index]),
         lambda core, index: core.masters([index]),
-        lambda core, index: core.mark_stepped([index]),
+        lambda core, index: core.lend_masters([index]),
         lambda core, index: core.zero_missing([index]),
         lambda core, index: core.forget([index]),
         lambda core, index: core.scale_sums([index], torch.ones(())),
@@ -84,7 +84,7 @@ def _free(tensor: Tensor) -> Tensor:
 def test_a_gradient_whose_memory_was_freed(earlier: int) -> None:
     model = nn.Linear(4, 3)
     accumulator = GradientAccumulator(
-        model, torch.optim.SGD(model.parameters(), lr=0.1), fuse_linear=False
+        model, torch.optim.SGD(model.parameters(), lr=0.1), add_in_backward=False
     )
     for _ in range(earlier):
         with accumulator.micro_batch():

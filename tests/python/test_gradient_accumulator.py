@@ -50,11 +50,13 @@ _OTHER_OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
 }
 
 
-@pytest.mark.parametrize("fuse_linear", [True, False], ids=["fused", "unfused"])
+@pytest.mark.parametrize("add_in_backward", [True, False], ids=["fused", "unfused"])
 @pytest.mark.parametrize("name", _OPTIMIZERS)
-def test_a_window_equals_one_large_batch(name: str, fuse_linear: bool) -> None:
+def test_a_window_equals_one_large_batch(name: str, add_in_backward: bool) -> None:
     model, optimizer, stock, stock_optimizer = twins(_OPTIMIZERS[name])
-    accumulator = GradientAccumulator(model, optimizer, max_norm=0.5, fuse_linear=fuse_linear)
+    accumulator = GradientAccumulator(
+        model, optimizer, max_norm=0.5, add_in_backward=add_in_backward
+    )
     for window in range(3):
         batches = token_batches(_SIZES, seed=window)
         accumulate(accumulator, batches)
@@ -79,11 +81,11 @@ def test_other_optimizers_step_through_grad(name: str) -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("fuse_linear", [True, False])
-def test_against_float64(fuse_linear: bool) -> None:
+@pytest.mark.parametrize("add_in_backward", [True, False])
+def test_against_float64(add_in_backward: bool) -> None:
     model, optimizer, exact, exact_optimizer = twins(lambda p: torch.optim.SGD(p, lr=0.5))
     exact.double()
-    accumulator = GradientAccumulator(model, optimizer, fuse_linear=fuse_linear)
+    accumulator = GradientAccumulator(model, optimizer, add_in_backward=add_in_backward)
     batches = token_batches(_SIZES)
     accumulate(accumulator, batches)
     norm = accumulator.step()
@@ -163,8 +165,8 @@ def test_parameter_groups_keep_their_settings() -> None:
     assert_same_parameters(model, stock)
 
 
-@pytest.mark.parametrize("fuse_linear", [True, False])
-def test_frozen_and_unused_parameters_stay(fuse_linear: bool) -> None:
+@pytest.mark.parametrize("add_in_backward", [True, False])
+def test_frozen_and_unused_parameters_stay(add_in_backward: bool) -> None:
     def prepared() -> nn.Module:
         torch.manual_seed(3)
         model = TiedModel()
@@ -176,7 +178,7 @@ def test_frozen_and_unused_parameters_stay(fuse_linear: bool) -> None:
     model, optimizer, stock, stock_optimizer = twins(
         lambda p: torch.optim.AdamW(p, lr=1e-2), prepared()
     )
-    accumulator = GradientAccumulator(model, optimizer, fuse_linear=fuse_linear)
+    accumulator = GradientAccumulator(model, optimizer, add_in_backward=add_in_backward)
     for window in range(2):
         batches = token_batches(_SIZES, seed=window)
         accumulate(accumulator, batches)

@@ -28,8 +28,8 @@ def _sgd(parameters: object) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.5)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("fuse_linear", [True, False], ids=["fused", "unfused"])
-def test_tensor_hooks_see_and_change_the_micro_batchs_gradient(fuse_linear: bool) -> None:
+@pytest.mark.parametrize("add_in_backward", [True, False], ids=["fused", "unfused"])
+def test_tensor_hooks_see_and_change_the_micro_batchs_gradient(add_in_backward: bool) -> None:
     model, optimizer, stock, stock_optimizer = twins(_sgd)
     seen: list[Tensor] = []
 
@@ -39,7 +39,7 @@ def test_tensor_hooks_see_and_change_the_micro_batchs_gradient(fuse_linear: bool
 
     model.twice.weight.register_hook(doubled)
     model.embedding.weight.register_hook(doubled)
-    accumulator = GradientAccumulator(model, optimizer, fuse_linear=fuse_linear)
+    accumulator = GradientAccumulator(model, optimizer, add_in_backward=add_in_backward)
     accumulate(accumulator, _BATCHES)
     accumulator.step()
     assert len(seen) == 2 * len(_BATCHES)
@@ -49,14 +49,14 @@ def test_tensor_hooks_see_and_change_the_micro_batchs_gradient(fuse_linear: bool
     assert_same_parameters(model, stock)
 
 
-@pytest.mark.parametrize("fuse_linear", [True, False], ids=["fused", "unfused"])
-def test_post_accumulate_hooks_find_the_gradient(fuse_linear: bool) -> None:
+@pytest.mark.parametrize("add_in_backward", [True, False], ids=["fused", "unfused"])
+def test_post_accumulate_hooks_find_the_gradient(add_in_backward: bool) -> None:
     model, optimizer, stock, stock_optimizer = twins(_sgd)
     norms: list[float] = []
     handle = model.twice.weight.register_post_accumulate_grad_hook(
         lambda parameter: norms.append(parameter.grad.norm().item())
     )
-    accumulator = GradientAccumulator(model, optimizer, fuse_linear=fuse_linear)
+    accumulator = GradientAccumulator(model, optimizer, add_in_backward=add_in_backward)
     accumulate(accumulator, _BATCHES)
     assert len(norms) == len(_BATCHES)
     assert min(norms) > 0.0

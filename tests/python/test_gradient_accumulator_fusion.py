@@ -220,7 +220,7 @@ def test_large_gradients_leave_grad_during_backward(dtype: torch.dtype) -> None:
 def test_without_fusion_grad_holds_the_micro_batchs_gradients_to_the_end() -> None:
     model = nn.Sequential(_Large(), nn.Linear(300, 300))
     model, optimizer, stock, stock_optimizer = twins(_sgd, model)
-    accumulator = GradientAccumulator(model, optimizer, fuse_linear=False)
+    accumulator = GradientAccumulator(model, optimizer, add_in_backward=False)
     inputs = [torch.randn(size, 300) for size in (2, 1)]
     for x in inputs:
         with accumulator.micro_batch():

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from torch_ext.float32_moments import keep_float32_moments
 from torch_ext.gradient_accumulation import GradientAccumulator
 from torch_ext.integrations.trainer_window import TrainerWindow
-from torch_ext.optimizer_steps import keep_float32_moments
+from torch_ext.optimizer_steps import innermost_optimizer
 
 __all__ = ["GradientAccumulationMixin"]
 
@@ -60,8 +61,10 @@ class GradientAccumulationMixin(_Base):
 
     _accumulator: TrainerWindow | None = None
     _resumed_from: str | None = None
-    fuse_linear = True
+    add_in_backward = True
     """As in GradientAccumulator; a class attribute, to be set in a subclass."""
+    fuse_linear: bool | None = None
+    """The former name of ``add_in_backward``; deprecated."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # What is put in the place of others' methods while training: owner, name, ours, theirs.
@@ -76,7 +79,7 @@ class GradientAccumulationMixin(_Base):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         optimizer = super().create_optimizer(*args, **kwargs)
         # Before a checkpoint is loaded.
-        keep_float32_moments(_innermost(self.optimizer))
+        keep_float32_moments(innermost_optimizer(self.optimizer))
         return optimizer
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
@@ -103,7 +106,7 @@ class GradientAccumulationMixin(_Base):
             self._detach()
 
     def _accumulator_for(self, model: nn.Module) -> TrainerWindow:
-        optimizer = _innermost(self.optimizer)
+        optimizer = innermost_optimizer(self.optimizer)
         if self._accumulator is not None and self._accumulator.optimizer is optimizer:
             return self._accumulator
         if getattr(self, "is_deepspeed_enabled", False):
@@ -112,7 +115,12 @@ class GradientAccumulationMixin(_Base):
                 "accumulates gradients itself"
             )
         self._detach()
-        window = TrainerWindow(model, optimizer, fuse_linear=self.fuse_linear)
+        window = TrainerWindow(
+            model,
+            optimizer,
+            add_in_backward=self.add_in_backward,
+            fuse_linear=self.fuse_linear,
+        )
         if self._resumed_from is not None:
             window.load_state_dict(torch.load(self._resumed_from, weights_only=True))
             self._resumed_from = None
@@ -210,10 +218,3 @@ def _looks_at_gradients(callbacks: Iterable[Any]) -> bool:
         for callback in callbacks
         for name in ("on_pre_optimizer_step", "on_optimizer_step")
     )
-
-
-def _innermost(optimizer: Any) -> Any:
-    """torch's own, inside accelerate's wrapper."""
-    while type(optimizer).__name__ == "AcceleratedOptimizer":
-        optimizer = optimizer.optimizer
-    return optimizer

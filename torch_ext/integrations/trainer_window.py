@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from torch_ext.gradient_accumulation import GradientAccumulator
-from torch_ext.visible_gradients import VisibleGradients
 
 __all__ = ["TrainerWindow"]
 
@@ -19,8 +18,6 @@ class TrainerWindow(GradientAccumulator):
     The weights of a window add up to 1, but where an epoch has ended inside a window: then the
     next epoch's first micro-batches come on top, as in the Trainer.
     """
-
-    _shown: VisibleGradients | None = None
 
     @property
     def is_prepared(self) -> bool:
@@ -57,26 +54,4 @@ class TrainerWindow(GradientAccumulator):
 
     def show_gradients(self) -> None:
         """Puts the gradient into ``.grad``: normalised, clipped, and for the step to take."""
-        if self._shown is not None or self._prepared is None:
-            return
-        norm, coefficient, found_inf = self._prepared
-        try:
-            self._shown = VisibleGradients(self._core, self._params)
-            self._shown.show(coefficient)
-            self._prepared = (norm, torch.ones_like(coefficient), found_inf)
-        except BaseException:
-            self.reset()
-            raise
-
-    def step(self, scaler: Any = None) -> Tensor:
-        if self._shown is not None and self._prepared is not None:
-            norm, coefficient, found_inf = self._prepared
-            self._shown.take_back()
-            if self._reduction.takes_grads:
-                found_inf = self._core.measure()[1]
-            self._prepared = (norm, coefficient, found_inf)
-        return super().step(scaler)
-
-    def reset(self) -> None:
-        self._shown = None
-        super().reset()
+        self._show()

@@ -64,6 +64,9 @@ class GradientAccumulator {
   /// clipping, without dimensions.
   at::Tensor step(torch::optim::Optimizer& optimizer);
 
+  /// Whether the last step() found a gradient that is not finite, and left the optimizer alone.
+  bool step_was_skipped() const;
+
   /// Drops what the window holds.
   void reset();
 
@@ -96,6 +99,10 @@ class GradientAccumulator::MicroBatch {
   /// Throws where a gradient cannot be added (a sparse one), unless an exception is on its way.
   ~MicroBatch() noexcept(false);
 
+  /// Leaves this micro-batch out: its gradients, its weight and that it was there. Before its
+  /// backward(), or, with the option add_in_backward(false), at any time.
+  void discard();
+
  private:
   friend class GradientAccumulator;
   MicroBatch(State& state, double weight);
@@ -103,6 +110,7 @@ class GradientAccumulator::MicroBatch {
   State& state_;
   double weight_;
   int exceptions_;
+  bool discarded_ = false;
 };
 
 torch::serialize::OutputArchive& operator<<(torch::serialize::OutputArchive& archive,

@@ -150,6 +150,31 @@ struct SgdMath {
   }
 };
 
+/// As store_rounded() and load_elements() after it.
+template <typename T>
+TORCH_EXT_INLINE Vec<T> rounded_to(ScalarType type, Vec<T> x) {
+  if constexpr (sizeof(T) == 4) {
+    if (type == ScalarType::kBFloat16) return (FloatVector)(float_to_bf16_bits(x) << 16);
+  }
+  if (type == kTypeOf<T>) return x;
+  alignas(64) char rounded[Simd<T>::kLanes * 8];
+  store_rounded<T>(rounded, type, x);
+  return load_elements<T>(rounded, type);
+}
+
+/// A parameter that is not its master's rounding any more has been written by somebody else: its
+/// master becomes what the parameter holds. The other elements keep the bits below the rounding.
+/// Version counters would not do: writes through `.data` pass them by.
+template <typename T>
+static void follow_params(ScalarType param_type, std::int64_t count, const T* params, T* masters) {
+  constexpr int kLanes = Simd<T>::kLanes;
+  for (std::int64_t i = 0; i < count; i += kLanes) {
+    const Vec<T> master = load<T>(masters + i);
+    const Vec<T> param = load<T>(params + i);
+    store<T>(masters + i, rounded_to<T>(param_type, master) == param ? master : param);
+  }
+}
+
 /// Where the staged operands of one block live.
 template <typename Math, typename T>
 struct StepBuffers {
@@ -181,6 +206,10 @@ static void step_dense(const Math& math, const StepOperand* operands, std::int64
       }
       pointers[k] = buffers.values[k];
       if (operand.read) stage_in<T>(place, operand.type, count, pointers[k]);
+    }
+    if (has_master) {
+      follow_params<T>(operands[Math::kParam].type, round_up(count, kLanes), pointers[Math::kParam],
+                       pointers[Math::kMaster]);
     }
     math(round_up(count, kLanes), pointers);
 #pragma GCC unroll 6
@@ -217,6 +246,10 @@ static void step_strips(const Math& math, const StepOperand* operands, const Str
       }
     }
     const std::int64_t count = strip.rows * strip_pitch<T>(strip);
+    if (has_master) {
+      follow_params<T>(operands[Math::kParam].type, count, pointers[Math::kParam],
+                       pointers[Math::kMaster]);
+    }
     math(count, pointers);
     for (int k = 0; k < Math::kOperands; ++k) {
       const StepOperand& operand = operands[k];
@@ -330,7 +363,7 @@ static void adam_step(const AdamParams& params, const TaskRunner& runner) {
           return reset_blocks(entry.accumulator, entry.count, entry.loop, kAdamGrad, first, end);
         }
         const StepOperand operands[kAdamOperands] = {
-            {entry.param.data, entry.param.type, entry.master.data == nullptr, true},
+            {entry.param.data, entry.param.type, true, true},
             {entry.accumulator.data, entry.accumulator.type, true, false},
             {entry.exp_avg.data, entry.exp_avg.type, true, true},
             {entry.exp_avg_sq.data, entry.exp_avg_sq.type, true, true},
@@ -374,7 +407,7 @@ static void sgd_step(const SgdParams& params, const TaskRunner& runner) {
                                    end);
              }
              const StepOperand operands[kSgdOperands] = {
-                 {entry.param.data, entry.param.type, entry.master.data == nullptr, true},
+                 {entry.param.data, entry.param.type, true, true},
                  {entry.accumulator.data, entry.accumulator.type, true, false},
                  {entry.momentum_buffer.data, entry.momentum_buffer.type, !entry.first_step, true},
                  {entry.master.data, entry.master.type, true, true},

@@ -185,6 +185,21 @@ TORCH_EXT_DEVICE void store_scalar(void* data, std::int64_t offset, ScalarType t
   }
 }
 
+/// As store_scalar() and load_scalar() after it.
+template <typename T>
+TORCH_EXT_DEVICE T rounded_to(T value, ScalarType type) {
+  switch (type) {
+    case ScalarType::kFloat32:
+      return static_cast<T>(static_cast<float>(value));
+    case ScalarType::kFloat64:
+      return value;
+    case ScalarType::kBFloat16:
+      return static_cast<T>(widen_bfloat16(narrow_bfloat16(static_cast<float>(value))));
+    default:
+      return static_cast<T>(widen_float16(narrow_float16(static_cast<float>(value))));
+  }
+}
+
 /// kCount elements of a vector as floats. The type is float, bfloat16 or float16.
 template <int kCount, int kBytes>
 TORCH_EXT_DEVICE void widen(const MemoryVector<kBytes>& bits, ScalarType type,

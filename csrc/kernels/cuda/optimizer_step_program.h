@@ -47,23 +47,29 @@ struct StepChunks {
     return any;
   }
 
-  TORCH_EXT_DEVICE static bool is_read(const Entry& entry, int operand, bool has_master) {
-    if (entry.data[operand] == nullptr || (operand == kParam && has_master)) return false;
-    return Arithmetic<float>::reads(operand, entry.flag != 0);
+  TORCH_EXT_DEVICE static bool is_read(const Entry& entry, int operand) {
+    return entry.data[operand] != nullptr && Arithmetic<float>::reads(operand, entry.flag != 0);
+  }
+
+  /// The master, unless the parameter is not its rounding any more: then somebody else has written
+  /// the parameter.
+  template <typename T>
+  TORCH_EXT_DEVICE static T weight_of(const Entry& entry, const T (&values)[kOperands]) {
+    if (entry.data[kMaster] == nullptr) return values[kParam];
+    return rounded_to(values[kMaster], entry.type(kParam)) == values[kParam] ? values[kMaster]
+                                                                             : values[kParam];
   }
 
   template <typename T>
   TORCH_EXT_DEVICE static void element(const Entry& entry, const std::int64_t (&offsets)[kOperands],
                                        const Arithmetic<T>& arithmetic, bool reset) {
-    const bool has_master = entry.data[kMaster] != nullptr;
     T values[kOperands];
     TORCH_EXT_UNROLL
     for (int k = 0; k < kOperands; ++k) {
-      values[k] = is_read(entry, k, has_master)
-                      ? load_scalar<T>(entry.data[k], offsets[k], entry.type(k))
-                      : T(0);
+      values[k] =
+          is_read(entry, k) ? load_scalar<T>(entry.data[k], offsets[k], entry.type(k)) : T(0);
     }
-    T weight = has_master ? values[kMaster] : values[kParam];
+    T weight = weight_of(entry, values);
     arithmetic.step(values, weight);
     TORCH_EXT_UNROLL
     for (int k = 0; k < kOperands; ++k) {
@@ -121,12 +127,11 @@ struct StepChunks {
   /// One vector of each operand. Types differ from entry to entry, so the width of an access is
   /// decided here, alike for all threads of a block.
   TORCH_EXT_DEVICE static void dense_vector(const Entry& entry, std::int64_t offset,
-                                            const Arithmetic<float>& arithmetic, bool reset,
-                                            bool has_master) {
+                                            const Arithmetic<float>& arithmetic, bool reset) {
     MemoryVector<kVectorBytes> bits[kOperands];
     TORCH_EXT_UNROLL
     for (int k = 0; k < kOperands; ++k) {
-      if (!is_read(entry, k, has_master)) continue;
+      if (!is_read(entry, k)) continue;
       const void* const source = element_at(entry.data[k], offset, bytes_of(entry.type(k)));
       if (entry.type(k) == ScalarType::kFloat32) {
         bits[k] = load_vector<kVectorBytes>(source);
@@ -141,14 +146,14 @@ struct StepChunks {
     for (int k = 0; k < kOperands; ++k) {
       TORCH_EXT_UNROLL
       for (int i = 0; i < kWidth; ++i) values[k][i] = 0.0f;
-      if (is_read(entry, k, has_master)) widen(bits[k], entry.type(k), values[k]);
+      if (is_read(entry, k)) widen(bits[k], entry.type(k), values[k]);
     }
     TORCH_EXT_UNROLL
     for (int i = 0; i < kWidth; ++i) {
       float element_values[kOperands];
       TORCH_EXT_UNROLL
       for (int k = 0; k < kOperands; ++k) element_values[k] = values[k][i];
-      float weight = has_master ? element_values[kMaster] : element_values[kParam];
+      float weight = weight_of(entry, element_values);
       arithmetic.step(element_values, weight);
       element_values[kGrad] = 0.0f;
       element_values[kParam] = weight;
@@ -194,10 +199,8 @@ struct StepChunks {
     for (int i = thread; i < edge; i += kThreads) {
       dense_element(entry, begin + (i < span.head ? i : tail + i - span.head), arithmetic, reset);
     }
-    const bool has_master = entry.data[kMaster] != nullptr;
     for (int i = thread; i < span.vectors; i += kThreads) {
-      dense_vector(entry, begin + span.head + std::int64_t{i} * kWidth, arithmetic, reset,
-                   has_master);
+      dense_vector(entry, begin + span.head + std::int64_t{i} * kWidth, arithmetic, reset);
     }
   }
 

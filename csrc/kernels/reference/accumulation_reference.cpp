@@ -74,6 +74,18 @@ void grad_stats_reference(const GradStatsParams& params) {
   *params.found_inf = finite ? 0.0f : 1.0f;
 }
 
+namespace {
+
+/// A master counts as long as the param is its rounding; else somebody else has written the param.
+double weight_of(const Element& param, const Element& master) {
+  if (master.operand.data == nullptr) return param.get();
+  double rounded[1];
+  store_element(rounded, 0, param.operand.type, master.get());
+  return load_element(rounded, 0, param.operand.type) == param.get() ? master.get() : param.get();
+}
+
+}  // namespace
+
 void adam_step_reference(const AdamParams& params) {
   const OptimizerSettings& settings = params.settings;
   const bool skipped = scalar(settings.found_inf, 0.0) != 0.0;
@@ -95,7 +107,7 @@ void adam_step_reference(const AdamParams& params) {
       const Element max_exp_avg_sq = at(entry.max_exp_avg_sq, 4);
       const Element master = at(entry.master, 5);
       if (!skipped) {
-        double weight = entry.master.data != nullptr ? master.get() : param.get();
+        double weight = weight_of(param, master);
         double grad = coefficient * accumulator.get();
         if (params.decoupled) {
           weight *= 1.0 - settings.lr * settings.weight_decay;
@@ -137,7 +149,7 @@ void sgd_step_reference(const SgdParams& params) {
       const Element momentum_buffer = at(entry.momentum_buffer, 2);
       const Element master = at(entry.master, 3);
       if (!skipped) {
-        double weight = entry.master.data != nullptr ? master.get() : param.get();
+        double weight = weight_of(param, master);
         double grad = coefficient * accumulator.get();
         if (settings.weight_decay != 0.0) grad += settings.weight_decay * weight;
         if (entry.momentum_buffer.data != nullptr) {

@@ -36,6 +36,7 @@ std::vector<std::string> possible_keys(std::size_t count) {
 struct GradientAccumulator::State {
   AccumulatorCore core;
   GradientAccumulatorOptions options;
+  at::Tensor found_inf{};  // of the last step
 };
 
 GradientAccumulator::GradientAccumulator(std::vector<at::Tensor> parameters,
@@ -47,8 +48,9 @@ GradientAccumulator::GradientAccumulator(std::vector<at::Tensor> parameters,
     TORCH_CHECK(!parameters[i].defined() || parameters[i].is_leaf(), kOp, "parameter ", i,
                 " takes a leaf, got the result of an operation");
   }
-  state_.reset(new State{
-      AccumulatorCore(std::move(parameters), {}, options.dtype(), /*takes_grads=*/true), options});
+  state_.reset(
+      new State{AccumulatorCore(std::move(parameters), {}, options.dtype(), /*takes_grads=*/true),
+                options, at::Tensor()});
   state_->core.add_in_backward(options.add_in_backward());
 }
 
@@ -68,20 +70,33 @@ GradientAccumulator::MicroBatch::MicroBatch(State& state, double weight)
 }
 
 GradientAccumulator::MicroBatch::~MicroBatch() noexcept(false) {
-  if (std::uncaught_exceptions() > exceptions_) {
+  if (discarded_ || std::uncaught_exceptions() > exceptions_) {
     state_.core.abort();
   } else {
     state_.core.close({weight_, at::Tensor()});
   }
 }
 
+void GradientAccumulator::MicroBatch::discard() {
+  TORCH_CHECK(state_.core.can_abort(), kOp,
+              "discard() comes before backward(), which adds to the sums of earlier micro-batches, "
+              "or goes with add_in_backward(false)");
+  discarded_ = true;
+}
+
 at::Tensor GradientAccumulator::step(torch::optim::Optimizer& optimizer) {
   AccumulatorCore& core = state_->core;
   check_optimizer(optimizer, core);
   core.check_steppable(/*is_alone=*/true);
+  if (core.written().empty()) {  // the no-op that torch's optimizers make of it
+    core.reset();
+    state_->found_inf = core.nothing().found_inf;
+    return core.nothing().norm;
+  }
   const StepScale scale =
       core.normalise(core.measure(), core.weight(), core.first_micro_batch(), /*multiplier=*/1.0,
                      /*inverse_scale=*/std::nullopt, state_->options.max_norm());
+  state_->found_inf = scale.found_inf;
   try {
     step_optimizer(optimizer, core, scale);
   } catch (...) {
@@ -90,6 +105,10 @@ at::Tensor GradientAccumulator::step(torch::optim::Optimizer& optimizer) {
   }
   core.reset();
   return scale.norm;
+}
+
+bool GradientAccumulator::step_was_skipped() const {
+  return state_->found_inf.defined() && state_->found_inf.item<float>() != 0.0f;
 }
 
 void GradientAccumulator::reset() { state_->core.reset(); }

@@ -2,6 +2,7 @@
 
 #include <ATen/ops/empty_like.h>
 
+#include <algorithm>
 #include <utility>
 
 #include "gradient_accumulator_calls.h"
@@ -18,13 +19,10 @@ void accumulate(const std::vector<at::Tensor>& sums, const std::vector<at::Tenso
 }  // namespace
 
 AccumulationBuffers::AccumulationBuffers(const std::vector<at::Tensor>& params,
-                                         at::ScalarType dtype) {
+                                         at::ScalarType dtype)
+    : dtype_(dtype) {
   slots_.reserve(params.size());
-  for (const at::Tensor& param : params) {
-    // A sum is never narrower than float64 gradients.
-    const bool is_double = param.scalar_type() == at::kDouble;
-    slots_.push_back(Slot{.param = param, .dtype = is_double ? at::kDouble : dtype});
-  }
+  for (const at::Tensor& param : params) slots_.push_back(Slot{.param = param});
 }
 
 bool AccumulationBuffers::is_held_elsewhere(Slot& slot) {
@@ -32,19 +30,38 @@ bool AccumulationBuffers::is_held_elsewhere(Slot& slot) {
   return slot.shared;
 }
 
-void AccumulationBuffers::allocate(Slot& slot) {
-  slot.sum = at::empty_like(slot.param, slot.param.options().dtype(slot.dtype));
+at::ScalarType AccumulationBuffers::dtype_of(const Slot& slot) const {
+  return slot.param.scalar_type() == at::kDouble ? at::kDouble : dtype_;
+}
+
+bool AccumulationBuffers::fits(const Slot& slot) const {
+  return slot.sum.scalar_type() == dtype_of(slot) && slot.sum.device() == slot.param.device() &&
+         slot.sum.sizes() == slot.param.sizes();
+}
+
+void AccumulationBuffers::allocate(Slot& slot) const {
+  slot.sum = at::empty_like(slot.param, slot.param.options().dtype(dtype_of(slot)));
   slot.adopted = false;
+  slot.shared = false;
+}
+
+void AccumulationBuffers::convert(Slot& slot) const {
+  TORCH_CHECK(slot.sum.sizes() == slot.param.sizes(),
+              "torch_ext::GradientAccumulator: a parameter of sizes ", slot.sum.sizes(),
+              " has been given sizes ", slot.param.sizes(),
+              " while the window holds a gradient of it: call step() or reset() first");
+  slot.sum = slot.sum.to(slot.param.options().dtype(dtype_of(slot)).requires_grad(false));
   slot.shared = false;
 }
 
 AccumulationBuffers::Destination AccumulationBuffers::claim(std::size_t index) {
   Slot& slot = slots_[index];
   if (!slot.written) {
-    if (!slot.sum.defined() || is_held_elsewhere(slot)) allocate(slot);
+    if (!slot.sum.defined() || is_held_elsewhere(slot) || !fits(slot)) allocate(slot);
     slot.written = true;
     return {slot.sum, 0.0};
   }
+  if (!fits(slot)) convert(slot);
   if (is_held_elsewhere(slot)) {
     slot.sum = slot.sum.clone();
     slot.shared = false;
@@ -62,7 +79,7 @@ void AccumulationBuffers::add(const std::vector<std::size_t>& indices,
   for (std::size_t k = 0; k < indices.size(); ++k) {
     Slot& slot = slots_[indices[k]];
     at::Tensor& grad = grads[k];
-    if (!slot.written && grad.scalar_type() == slot.dtype && !grad.requires_grad() &&
+    if (!slot.written && grad.scalar_type() == dtype_of(slot) && !grad.requires_grad() &&
         !grad.is_inference() && is_only_owner(grad) && grad.is_non_overlapping_and_dense()) {
       slot.sum = std::move(grad);
       slot.written = true;
@@ -86,16 +103,21 @@ void AccumulationBuffers::begin() {
   }
 }
 
+bool AccumulationBuffers::can_undo() const {
+  return std::none_of(slots_.begin(), slots_.end(),
+                      [](const Slot& slot) { return slot.written_before && slot.added_to; });
+}
+
 bool AccumulationBuffers::undo() {
-  bool intact = true;
-  for (Slot& slot : slots_) {
-    if (slot.written_before) {
-      intact = intact && !slot.added_to;
-    } else {
-      slot.written = false;
-    }
-  }
+  const bool intact = can_undo();
+  for (Slot& slot : slots_) slot.written = slot.written_before;
   return intact;
+}
+
+void AccumulationBuffers::follow_params() {
+  for (Slot& slot : slots_) {
+    if (slot.written && !fits(slot)) convert(slot);
+  }
 }
 
 void AccumulationBuffers::reset() {
@@ -145,7 +167,7 @@ at::Tensor AccumulationBuffers::share(std::size_t index) {
 
 at::Tensor AccumulationBuffers::copy_of(std::size_t index, const at::Tensor& sum) const {
   const Slot& slot = slots_[index];
-  return at::empty_like(slot.param, slot.param.options().dtype(slot.dtype)).copy_(sum);
+  return at::empty_like(slot.param, slot.param.options().dtype(dtype_of(slot))).copy_(sum);
 }
 
 void AccumulationBuffers::restore(std::size_t index, at::Tensor sum) {

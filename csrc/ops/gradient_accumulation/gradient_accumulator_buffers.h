@@ -31,15 +31,19 @@ class AccumulationBuffers {
 
   /// Starts a part that undo() can take back.
   void begin();
-  /// Whether what begin() found is still there, untouched; what came since is forgotten.
+  /// Whether what begin() found is still there, untouched.
+  bool can_undo() const;
+  /// can_undo(); what came since is forgotten.
   [[nodiscard]] bool undo();
+
+  /// Sums of parameters whose dtype or device has changed in the middle of a window go along.
+  void follow_params();
 
   /// Forgets all sums; memory that the next window will write again is kept.
   void reset();
 
   bool is_written(std::size_t index) const { return slots_[index].written; }
   const at::Tensor& sum(std::size_t index) const { return slots_[index].sum; }
-  at::ScalarType dtype(std::size_t index) const { return slots_[index].dtype; }
   std::vector<std::size_t> written() const;
   std::vector<at::Tensor> sums(const std::vector<std::size_t>& indices) const;
   /// The sums themselves: their parameters have none afterwards.
@@ -54,7 +58,6 @@ class AccumulationBuffers {
  private:
   struct Slot {
     at::Tensor param;  // for its sizes, strides and device
-    at::ScalarType dtype;
     at::Tensor sum{};
     bool written = false;
     bool written_before = false;  // when begin() was called
@@ -64,8 +67,13 @@ class AccumulationBuffers {
   };
 
   static bool is_held_elsewhere(Slot& slot);
-  static void allocate(Slot& slot);
+  /// Of the slot's sum, as its parameter is now: never narrower than float64 gradients.
+  at::ScalarType dtype_of(const Slot& slot) const;
+  bool fits(const Slot& slot) const;
+  void allocate(Slot& slot) const;
+  void convert(Slot& slot) const;
 
+  at::ScalarType dtype_;
   std::vector<Slot> slots_;
 };
 

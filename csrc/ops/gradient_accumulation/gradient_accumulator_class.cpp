@@ -7,6 +7,7 @@
 
 #include "gradient_accumulator_core.h"
 #include "gradient_accumulator_layers.h"
+#include "shared_memory.h"
 
 namespace torch_ext {
 namespace {
@@ -95,8 +96,10 @@ CorePtr make_core(Tensors params, std::vector<std::string> names, std::int64_t d
 ThreeTensors prepare_step(const CorePtr& core, double multiplier,
                           const std::optional<at::Tensor>& inverse_scale,
                           std::optional<double> max_norm) {
-  StepScale scale = core->normalise(core->measure(), core->weight(), core->first_micro_batch(),
-                                    multiplier, inverse_scale, max_norm);
+  StepScale scale = core->written().empty() ? core->nothing()
+                                            : core->normalise(core->measure(), core->weight(),
+                                                              core->first_micro_batch(), multiplier,
+                                                              inverse_scale, max_norm);
   return {std::move(scale.norm), std::move(scale.coefficient), std::move(scale.found_inf)};
 }
 
@@ -123,6 +126,7 @@ TORCH_LIBRARY_FRAGMENT(torch_ext, m) {
            [](const CorePtr& core, double number, const std::optional<at::Tensor>& tensor) {
              core->close(weight_of(number, tensor));
            })
+      .def("can_abort", &AccumulatorCore::can_abort)
       .def("is_open", [](const CorePtr& core) { return core->is_open(); })
       .def("size", [](const CorePtr& core) { return static_cast<std::int64_t>(core->size()); })
       .def("add",
@@ -174,10 +178,12 @@ TORCH_LIBRARY_FRAGMENT(torch_ext, m) {
            [](const CorePtr& core, const Numbers& indices) {
              return core->masters().current(indices_of(core, indices));
            })
-      .def("mark_stepped",
+      .def("shares_memory", [](const CorePtr& core) { return shares_memory(core->params()); })
+      .def("lend_masters",
            [](const CorePtr& core, const Numbers& indices) {
-             core->masters().mark_stepped(indices_of(core, indices));
+             core->masters().lend(indices_of(core, indices));
            })
+      .def("take_masters_back", [](const CorePtr& core) { core->masters().take_back(); })
       .def("reset", &AccumulatorCore::reset)
       .def("noise_scale", [](const CorePtr& core) { return core->noise().scale(); })
       .def("state", &AccumulatorCore::state)

@@ -137,6 +137,7 @@ void AccumulatorCore::check_grad(std::size_t index, const at::Tensor& grad) cons
 void AccumulatorCore::open(std::int64_t ticket) {
   check_intact();
   TORCH_CHECK(!open_, kOp, "micro_batch() inside a micro_batch(): end that one first");
+  buffers_.follow_params();
   before_more_gradients();
   buffers_.begin();
   if (takes_grads_) {

@@ -57,6 +57,7 @@ class AccumulatorCore final : public torch::CustomClassHolder {
 
   std::size_t size() const { return params_.size(); }
   const at::Tensor& param(std::size_t index) const { return params_[index]; }
+  const std::vector<at::Tensor>& params() const { return params_; }
   const std::string& name(std::size_t index) const { return names_[index]; }
 
   // --- A micro-batch: whatever .grad held is set aside while it is open.
@@ -69,6 +70,8 @@ class AccumulatorCore final : public torch::CustomClassHolder {
   /// as often as an interrupted caller likes.
   void abort(std::int64_t ticket);
   bool is_open(std::int64_t ticket) const { return open_ && ticket_ == ticket; }
+  /// Whether abort() would leave the earlier ones' sums whole.
+  bool can_abort() const { return buffers_.can_undo(); }
   bool is_open() const { return open_; }
   /// A whole micro-batch whose gradients lie elsewhere.
   void add(const std::vector<std::size_t>& indices, std::vector<at::Tensor> grads,
@@ -113,10 +116,12 @@ class AccumulatorCore final : public torch::CustomClassHolder {
   void forget(const std::vector<std::size_t>& indices);
   /// Sums of zeros for those that have none: other processes have gradients for them.
   void zero_missing(const std::vector<std::size_t>& indices);
-  /// is_alone: there must be a micro-batch, and a gradient. Else other processes may have those.
-  void check_steppable(bool is_alone) const;
+  /// is_alone: there must be a micro-batch. Else other processes may have one.
+  void check_steppable(bool is_alone);
   SumStatistics measure() const;
   /// normalised gradient = multiplier * inverse_scale * sum / weight.
+  /// A window without gradients: nothing to step with.
+  StepScale nothing() const;
   StepScale normalise(const SumStatistics& statistics, const at::Tensor& weight,
                       const at::Tensor& first_micro_batch, double multiplier,
                       const std::optional<at::Tensor>& inverse_scale,

@@ -21,7 +21,9 @@ struct AccumulatingEmbedding : torch::autograd::Function<AccumulatingEmbedding> 
                             const c10::intrusive_ptr<AccumulatorCore>& core,
                             std::int64_t weight_index) {
     context->set_materialize_grads(false);
-    context->save_for_backward({indices, weight});
+    // Not the weight, which may be written before backward, as with torch's own.
+    context->save_for_backward({indices});
+    context->saved_data["num_embeddings"] = weight.size(0);
     context->saved_data["core"] = core;
     context->saved_data["weight_index"] = weight_index;
     context->saved_data["padding_idx"] = padding_idx;
@@ -33,21 +35,20 @@ struct AccumulatingEmbedding : torch::autograd::Function<AccumulatingEmbedding> 
     variable_list result(6);
     const at::Tensor& grad = grads[0];
     if (!grad.defined() || !context->needs_input_grad(1)) return result;
-    const variable_list saved = context->get_saved_variables();
-    const at::Tensor& indices = saved[0];
-    const at::Tensor& weight = saved[1];
+    const at::Tensor indices = context->get_saved_variables()[0];
     const std::int64_t padding_idx = context->saved_data["padding_idx"].toInt();
     const bool by_frequency = context->saved_data["scale_grad_by_freq"].toBool();
     const auto core = context->saved_data["core"].toCustomClass<AccumulatorCore>();
-    if (core->is_open() && may_bypass_autograd(weight, core->ignores_node_hooks())) {
+    const auto index = static_cast<std::size_t>(context->saved_data["weight_index"].toInt());
+    if (core->is_open() && may_bypass_autograd(core->param(index), core->ignores_node_hooks())) {
       const std::lock_guard<std::mutex> lock(core->kernel_mutex());
-      const auto destination =
-          core->claim(static_cast<std::size_t>(context->saved_data["weight_index"].toInt()));
+      const auto destination = core->claim(index);
       call_operator<EmbeddingWgrad>(destination.sum, indices, grad, padding_idx, by_frequency,
                                     destination.beta);
     } else {
-      result[1] = at::embedding_backward(grad, indices, weight.size(0), padding_idx, by_frequency,
-                                         /*sparse=*/false);
+      result[1] =
+          at::embedding_backward(grad, indices, context->saved_data["num_embeddings"].toInt(),
+                                 padding_idx, by_frequency, /*sparse=*/false);
     }
     return result;
   }

@@ -10,9 +10,10 @@
 namespace torch_ext {
 namespace {
 
-std::uint32_t version_of(const at::Tensor& tensor) {
-  return tensor.is_inference() ? 0
-                               : tensor.unsafeGetTensorImpl()->version_counter().current_version();
+/// Makes `tensor` what `source` is, in the memory of `source`. Unlike set_data() it leaves
+/// autograd's accumulation node, and whoever holds it, alone.
+void become(const at::Tensor& tensor, const at::Tensor& source) {
+  tensor.unsafeGetTensorImpl()->shallow_copy_from(source.getIntrusivePtr());
 }
 
 }  // namespace
@@ -32,27 +33,43 @@ std::vector<at::Tensor> MasterWeights::current(const std::vector<std::size_t>& i
   for (const std::size_t index : indices) {
     Entry& entry = entries_[index];
     if (!has_master(entry.param)) {
+      entry.master = at::Tensor();  // the model has been widened
       masters.push_back(at::empty({0}, entry.param.options().dtype(at::kFloat)));
       continue;
     }
     const at::Tensor param = entry.param.detach();
-    if (!entry.master.defined() || entry.master.device() != param.device()) {
+    if (!entry.master.defined() || entry.master.device() != param.device() ||
+        entry.master.sizes() != param.sizes()) {
       entry.master = param.to(at::kFloat);
-    } else if (entry.version != version_of(entry.param)) {
-      entry.master = at::where(entry.master.to(param.scalar_type()) == param, entry.master,
-                               param.to(at::kFloat));
     }
     if (entry.shared && !is_only_owner(entry.master)) entry.master = entry.master.clone();
     entry.shared = false;
-    entry.version = version_of(entry.param);
     masters.push_back(entry.master);
   }
   return masters;
 }
 
-void MasterWeights::mark_stepped(const std::vector<std::size_t>& indices) {
+void MasterWeights::lend(const std::vector<std::size_t>& indices) {
+  current(indices);
   for (const std::size_t index : indices) {
-    entries_[index].version = version_of(entries_[index].param);
+    Entry& entry = entries_[index];
+    if (!has_master(entry.param)) continue;
+    entry.lent = entry.param.detach();
+    entry.master.copy_(at::where(entry.master.to(entry.lent.scalar_type()) == entry.lent,
+                                 entry.master, entry.lent.to(at::kFloat)));
+    become(entry.param, entry.master);
+  }
+}
+
+void MasterWeights::take_back() {
+  for (Entry& entry : entries_) {
+    if (!entry.lent.defined()) continue;
+    // Not always the master: an optimizer may have given the parameter other memory.
+    const at::Tensor stepped = entry.param.detach();
+    become(entry.param, entry.lent);
+    entry.lent.copy_(stepped);
+    entry.lent = at::Tensor();
+    entry.master = stepped.scalar_type() == at::kFloat ? stepped : at::Tensor();
   }
 }
 
@@ -72,8 +89,6 @@ void MasterWeights::restore(std::size_t index, at::Tensor master) {
   Entry& entry = entries_[index];
   entry.master = std::move(master);
   entry.shared = false;
-  // Compared with the parameter before it is used: that may be loaded before or after.
-  entry.version = version_of(entry.param) - 1;
 }
 
 }  // namespace torch_ext

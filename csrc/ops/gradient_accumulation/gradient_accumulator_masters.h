@@ -17,12 +17,15 @@ class MasterWeights {
   static bool has_master(const at::Tensor& param);
 
   /// For an optimizer operator: the masters of these parameters, an empty tensor for a parameter
-  /// that needs none. A parameter that somebody else has written since (a loaded checkpoint, an
-  /// averaged model) takes its master along, but for elements that are the master's rounding still.
+  /// that needs none. The operator compares them with the parameters: where somebody else has
+  /// written those since (a loaded checkpoint, a clamp, an averaged model), the masters follow.
   std::vector<at::Tensor> current(const std::vector<std::size_t>& indices);
 
-  /// The operator has written these parameters from their masters.
-  void mark_stepped(const std::vector<std::size_t>& indices);
+  /// Until take_back() these parameters are their masters, in float32: for an optimizer that is not
+  /// ours. Hooks, groups and states see the same tensors as ever.
+  void lend(const std::vector<std::size_t>& indices);
+  /// The parameters are what they were, of the values that the masters have now.
+  void take_back();
 
   /// A master that the caller keeps, undefined where there is none yet: it is copied before it is
   /// next written, if it is still held then.
@@ -36,7 +39,7 @@ class MasterWeights {
   struct Entry {
     at::Tensor param;
     at::Tensor master{};
-    std::uint32_t version = 0;  // the parameter's, when it was last the master's rounding
+    at::Tensor lent{};  // the parameter's own memory, while the parameter is its master
     bool shared = false;
   };
   std::vector<Entry> entries_;

@@ -3,8 +3,10 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/isfinite.h>
+#include <ATen/ops/ones.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
 
 #include "gradient_accumulator_calls.h"
 #include "gradient_accumulator_core.h"
@@ -24,21 +26,24 @@ GradStatsResult call_grad_stats(at::TensorList grads) {
   return op.call(grads);
 }
 
-void AccumulatorCore::check_steppable(bool is_alone) const {
+void AccumulatorCore::check_steppable(bool is_alone) {
   check_intact();
+  buffers_.follow_params();
   TORCH_CHECK(!open_,
               "torch_ext::GradientAccumulator: step() inside a micro_batch(): end it first");
   if (!is_alone) return;
   TORCH_CHECK(micro_batches_ > 0,
               "torch_ext::GradientAccumulator: step() takes at least one micro-batch, got none");
-  TORCH_CHECK(
-      !written().empty(),
-      "torch_ext::GradientAccumulator: step() takes a window with gradients, got none: call "
-      "backward() inside micro_batch()");
+}
+
+StepScale AccumulatorCore::nothing() const {
+  const at::Tensor zero = at::zeros({}, at::TensorOptions(at::kFloat).device(device()));
+  return {zero, at::ones({}, zero.options().dtype(at::kDouble)), zero};
 }
 
 SumStatistics AccumulatorCore::measure() const {
   const at::NoGradGuard no_grad;
+  if (written().empty()) return {nothing().norm, nothing().found_inf};
   auto [norm, norms, found_inf] = call_grad_stats(buffers_.sums(buffers_.written()));
   return {norm.to(device()), found_inf.to(device())};
 }

@@ -17,6 +17,7 @@
 #include <utility>
 
 #include "gradient_accumulator_calls.h"
+#include "shared_memory.h"
 
 namespace torch_ext {
 namespace {
@@ -124,7 +125,8 @@ void step_sgd(optim::Optimizer& optimizer, AccumulatorCore& core, const StepScal
                                  OptionalTensor(), /*reset=*/false);
 }
 
-void step_through_grad(optim::Optimizer& optimizer, AccumulatorCore& core, const StepScale& scale) {
+void step_through_grad(optim::Optimizer& optimizer, AccumulatorCore& core, const StepScale& scale,
+                       bool with_masters) {
   std::vector<at::Tensor> set_aside;
   for (std::size_t i = 0; i < core.size(); ++i) {
     at::Tensor& grad = core.param(i).mutable_grad();
@@ -132,13 +134,15 @@ void step_through_grad(optim::Optimizer& optimizer, AccumulatorCore& core, const
     grad = at::Tensor();
   }
   const auto put_back = [&] {
+    core.masters().take_back();
     for (std::size_t i = 0; i < core.size(); ++i) core.param(i).mutable_grad() = set_aside[i];
   };
-  for (const std::size_t index : core.written()) {
-    const at::Tensor& param = core.param(index);
-    param.mutable_grad() = core.sums({index})[0].mul_(scale.coefficient).to(param.scalar_type());
-  }
   try {
+    if (with_masters) core.masters().lend(core.written());
+    for (const std::size_t index : core.written()) {
+      const at::Tensor& param = core.param(index);
+      param.mutable_grad() = core.sums({index})[0].mul_(scale.coefficient).to(param.scalar_type());
+    }
     optimizer.step();
   } catch (...) {
     put_back();
@@ -176,7 +180,11 @@ void step_optimizer(optim::Optimizer& optimizer, AccumulatorCore& core, const St
   const bool is_adamw = typeid(optimizer) == typeid(optim::AdamW);
   const bool is_adam = typeid(optimizer) == typeid(optim::Adam);
   const bool is_sgd = typeid(optimizer) == typeid(optim::SGD);
-  if (!is_adamw && !is_adam && !is_sgd) return step_through_grad(optimizer, core, scale);
+  // Parameters that lie over one another are to be updated in turn.
+  const bool shared = shares_memory(core.params());
+  if (shared || (!is_adamw && !is_adam && !is_sgd)) {
+    return step_through_grad(optimizer, core, scale, /*with_masters=*/!shared);
+  }
   const std::vector<Members> members = members_of(optimizer, core);
   for (std::size_t i = 0; i < members.size(); ++i) {
     const optim::OptimizerParamGroup& group = optimizer.param_groups()[i];
@@ -190,7 +198,6 @@ void step_optimizer(optim::Optimizer& optimizer, AccumulatorCore& core, const St
     } else {
       step_sgd(optimizer, core, scale, group, members[i]);
     }
-    core.masters().mark_stepped(members[i].indices);
   }
 }
 

@@ -41,16 +41,23 @@ void GradientTaker::attach() {
   hooks_.resize(core_.size());
   for (std::size_t i = 0; i < core_.size(); ++i) {
     const at::Tensor& param = core_.param(i);
-    if (hooks_[i].node != nullptr || param.numel() < kLarge || !param.requires_grad()) continue;
-    hooks_[i].node = torch::autograd::impl::grad_accumulator(param);
-    hooks_[i].key = hooks_[i].node->add_post_hook(std::make_unique<TakeHook>(core_, i));
+    if (param.numel() < kLarge || !param.requires_grad()) continue;
+    // Another one where the parameter's dtype or device has changed.
+    NodePtr node = torch::autograd::impl::grad_accumulator(param);
+    if (hooks_[i].node == node) continue;
+    detach(hooks_[i]);
+    hooks_[i].key = node->add_post_hook(std::make_unique<TakeHook>(core_, i));
+    hooks_[i].node = std::move(node);
   }
 }
 
+void GradientTaker::detach(Hook& hook) {
+  if (hook.node != nullptr) hook.node->del_post_hook(hook.key);
+  hook.node = nullptr;
+}
+
 GradientTaker::~GradientTaker() {
-  for (const Hook& hook : hooks_) {
-    if (hook.node != nullptr) hook.node->del_post_hook(hook.key);
-  }
+  for (Hook& hook : hooks_) detach(hook);
 }
 
 bool has_tensor_hooks(torch::autograd::Node& node) {

@@ -31,6 +31,8 @@ class GradientTaker {
     std::uintptr_t key = 0;
   };
 
+  static void detach(Hook& hook);
+
   AccumulatorCore& core_;
   std::vector<Hook> hooks_;  // one for each parameter; without a node where there is none
 };

@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "shared_memory.h"
+
 namespace torch_ext {
 namespace {
 
@@ -221,6 +223,26 @@ void check_overlap(const char* op, c10::ArrayRef<NamedList> destinations,
     }
   }
   if (!apart) check_pairs(op, destinations, sources);
+}
+
+bool shares_memory(at::TensorList tensors) {
+  StorageMap storages(tensors.size());
+  bool apart = true;
+  for (const at::Tensor& tensor : tensors) {
+    if (!has_memory(tensor)) continue;
+    if (overlaps_itself(tensor)) return true;
+    apart = storages.add(tensor) && apart;
+  }
+  if (apart) return false;
+  const NamedList list{"tensors", tensors};
+  const std::vector<Place> places = places_of(list);
+  for (std::size_t i = 0; i < places.size(); ++i) {
+    for (std::size_t j = i + 1; j < places.size() && places[j].span.begin < places[i].span.end;
+         ++j) {
+      if (overlap(places[i].tensor(), places[j].tensor())) return true;
+    }
+  }
+  return false;
 }
 
 }  // namespace torch_ext
