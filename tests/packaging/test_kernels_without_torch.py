@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 from checkout_copy import ROOT
 
 _CSRC = ROOT / "csrc"
@@ -35,11 +34,3 @@ def test_kernels_do_not_include_what_lies_above_them() -> None:
 def test_no_file_includes_all_of_torch() -> None:
     everything = ("torch/extension.h", "torch/torch.h", "torch/all.h", "ATen/ATen.h")
     assert [found for found in _includes(_CSRC) if found[1] in everything] == []
-
-
-@pytest.mark.parametrize("sources", ["sources_cpu.txt", "sources_cuda.txt"])
-def test_source_names_are_unique(sources: str) -> None:
-    """cpp_extension.load() names an object file after its source file, without the folder."""
-    lines = (_CSRC / sources).read_text().splitlines()
-    stems = [Path(line).stem for line in lines if line and not line.startswith("#")]
-    assert len(stems) == len(set(stems))

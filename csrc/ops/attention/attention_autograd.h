@@ -42,4 +42,9 @@ class SparseTensorList {
   int size_ = 0;
 };
 
+/// A saved variable as an argument: none where it is undefined.
+inline OptionalTensor optional(const at::Tensor& tensor) {
+  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+}
+
 }  // namespace torch_ext

@@ -19,7 +19,7 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-constexpr const char* kOp = "attention_backward";
+constexpr const char* kBackwardOp = "attention_backward";
 
 /// Tensors of one call. out and logsumexp are functions of the others: autograd sees no input
 /// there.
@@ -171,11 +171,11 @@ BackwardResult attention_backward_autograd(
     std::optional<double> scale, bool enable_gqa, c10::SymInt causal_offset,
     const OptionalTensor& key_padding_mask, const OptionalTensor& dropout_seed,
     std::array<bool, 4> output_mask) {
-  check_tensor_kind(kOp, "query", query);
-  check_tensor_kind(kOp, "key", key);
-  check_tensor_kind(kOp, "value", value);
-  check_no_tangents(kOp, {&grad_out, given(grad_logsumexp), &query, &key, &value, &out, &logsumexp,
-                          given(attn_mask)});
+  check_tensor_kind(kBackwardOp, "query", query);
+  check_tensor_kind(kBackwardOp, "key", key);
+  check_tensor_kind(kBackwardOp, "value", value);
+  check_no_tangents(kBackwardOp, {&grad_out, given(grad_logsumexp), &query, &key, &value, &out,
+                                  &logsumexp, given(attn_mask)});
   const AttentionOptions options{.dropout_p = dropout_p,
                                  .is_causal = is_causal,
                                  .scale = scale,

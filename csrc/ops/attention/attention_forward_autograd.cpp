@@ -15,7 +15,7 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-constexpr const char* kOp = "attention_forward";
+constexpr const char* kForwardOp = "attention_forward";
 
 // Positions in the list of saved tensors. Those from kMask on may be absent.
 enum Saved : std::size_t {
@@ -29,10 +29,6 @@ enum Saved : std::size_t {
   kSeed,
   kSavedCount
 };
-
-OptionalTensor optional(const at::Tensor& tensor) {
-  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
-}
 
 BackwardResult gradients(const variable_list& saved, const variable_list& grads,
                          const AttentionOptions& options, std::array<bool, 4> needs_grad) {
@@ -147,10 +143,10 @@ ForwardResult attention_forward_autograd(const at::Tensor& query, const at::Tens
                                          c10::SymInt causal_offset,
                                          const OptionalTensor& key_padding_mask,
                                          const OptionalTensor& dropout_seed) {
-  check_tensor_kind(kOp, "query", query);
-  check_tensor_kind(kOp, "key", key);
-  check_tensor_kind(kOp, "value", value);
-  check_no_tangents(kOp, {&query, &key, &value, given(attn_mask)});
+  check_tensor_kind(kForwardOp, "query", query);
+  check_tensor_kind(kForwardOp, "key", key);
+  check_tensor_kind(kForwardOp, "value", value);
+  check_no_tangents(kForwardOp, {&query, &key, &value, given(attn_mask)});
   const AttentionOptions options{.dropout_p = dropout_p,
                                  .is_causal = is_causal,
                                  .scale = scale,

@@ -15,10 +15,6 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-OptionalTensor optional(const at::Tensor& tensor) {
-  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
-}
-
 ForwardResult forward_below_autograd(const at::Tensor& qkv, std::int64_t num_heads,
                                      const OptionalTensor& attn_mask, double dropout_p,
                                      bool is_causal, const OptionalTensor& key_padding_mask,

@@ -11,23 +11,23 @@
 namespace torch_ext {
 namespace {
 
-constexpr const char* kOp = "self_attention";
+constexpr const char* kSelfAttention = "self_attention";
 
 /// shape is `sizes`, dtype and device input's.
 void check_parameter(const char* name, const at::Tensor& parameter, const at::Tensor& input,
                      std::initializer_list<c10::SymInt> sizes, const char* meaning) {
-  check_tensor_kind(kOp, name, parameter);
-  TORCH_CHECK(parameter.scalar_type() == input.scalar_type(), "torch_ext::", kOp, ": ", name,
-              " takes the dtype of input, ", input.scalar_type(), ", got ",
+  check_tensor_kind(kSelfAttention, name, parameter);
+  TORCH_CHECK(parameter.scalar_type() == input.scalar_type(), "torch_ext::", kSelfAttention, ": ",
+              name, " takes the dtype of input, ", input.scalar_type(), ", got ",
               parameter.scalar_type());
-  TORCH_CHECK(parameter.device() == input.device(), "torch_ext::", kOp, ": ", name,
+  TORCH_CHECK(parameter.device() == input.device(), "torch_ext::", kSelfAttention, ": ", name,
               " takes the device of input, ", input.device(), ", got ", parameter.device());
   const c10::SymIntArrayRef own = parameter.sym_sizes();
   bool same = own.size() == sizes.size();
   for (std::size_t dim = 0; same && dim < sizes.size(); ++dim) {
     same = equal(own[dim], sizes.begin()[dim]);
   }
-  TORCH_CHECK(same, "torch_ext::", kOp, ": ", name, " takes the shape ", meaning, ", ",
+  TORCH_CHECK(same, "torch_ext::", kSelfAttention, ": ", name, " takes the shape ", meaning, ", ",
               c10::SymIntArrayRef(sizes), ", got ", own);
 }
 
@@ -40,13 +40,13 @@ struct Parameters {
 
 void check_self_attention(const at::Tensor& input, const Parameters& parameters,
                           std::int64_t num_heads, const AttentionArguments& arguments) {
-  check_tensor_kind(kOp, "input", input);
-  TORCH_CHECK(input.dim() == 2 || input.dim() == 3, "torch_ext::", kOp,
+  check_tensor_kind(kSelfAttention, "input", input);
+  TORCH_CHECK(input.dim() == 2 || input.dim() == 3, "torch_ext::", kSelfAttention,
               ": input takes (batch, seq, embed) or (seq, embed), got ", input.sym_sizes());
   const c10::SymInt embed = input.sym_size(-1);
-  TORCH_CHECK(num_heads > 0, "torch_ext::", kOp, ": num_heads takes a positive number, got ",
-              num_heads);
-  TORCH_CHECK(equal(embed % num_heads, c10::SymInt(0)), "torch_ext::", kOp,
+  TORCH_CHECK(num_heads > 0, "torch_ext::", kSelfAttention,
+              ": num_heads takes a positive number, got ", num_heads);
+  TORCH_CHECK(equal(embed % num_heads, c10::SymInt(0)), "torch_ext::", kSelfAttention,
               ": num_heads takes a divisor of embed, ", embed, ", got ", num_heads);
   check_parameter("in_proj_weight", parameters.in_proj_weight, input, {embed * 3, embed},
                   "(3 * embed, embed)");
@@ -60,7 +60,7 @@ void check_self_attention(const at::Tensor& input, const Parameters& parameters,
   }
   const c10::SymIntArrayRef sizes = input.sym_sizes();
   check_attention_options(
-      kOp, arguments,
+      kSelfAttention, arguments,
       packed_geometry<c10::SymInt>(sizes.slice(0, sizes.size() - 1), num_heads, embed / num_heads),
       SeedArgument::kDrawnLater);
 }
@@ -89,9 +89,10 @@ at::Tensor self_attention(const at::Tensor& input, const at::Tensor& in_proj_wei
   at::Tensor out;                                                          // (..., seq, embed)
   if (plain) {
     RECORD_FUNCTION("torch_ext::packed_attention_forward", c10::ArrayRef<const c10::IValue>{});
-    out = run_packed_attention_forward_cpu(kOp, qkv, num_heads, given(attn_mask), dropout_p,
-                                           is_causal, given(key_padding_mask), given(seed),
-                                           /*logsumexp=*/nullptr);
+    out =
+        run_packed_attention_forward_cpu(kSelfAttention, qkv, num_heads, given(attn_mask),
+                                         dropout_p, is_causal, given(key_padding_mask), given(seed),
+                                         /*logsumexp=*/nullptr);
   } else {
     out = std::get<0>(call_packed_attention_forward(qkv, num_heads, attn_mask, dropout_p, is_causal,
                                                     key_padding_mask, seed));
@@ -102,15 +103,17 @@ at::Tensor self_attention(const at::Tensor& input, const at::Tensor& in_proj_wei
 }  // namespace
 
 TORCH_LIBRARY_IMPL(torch_ext, CompositeImplicitAutograd, m) {
-  m.impl(kOp, TORCH_FN(self_attention));
+  m.impl(kSelfAttention, TORCH_FN(self_attention));
 }
 
 // Nested tensors have a composite key of their own; the checks name them as unsupported.
 TORCH_LIBRARY_IMPL(torch_ext, CompositeImplicitAutogradNestedTensor, m) {
-  m.impl(kOp, TORCH_FN(self_attention));
+  m.impl(kSelfAttention, TORCH_FN(self_attention));
 }
 
 // vmap takes the composite apart, instead of calling it once for each sample.
-TORCH_LIBRARY_IMPL(torch_ext, FuncTorchBatched, m) { m.impl(kOp, TORCH_FN(self_attention)); }
+TORCH_LIBRARY_IMPL(torch_ext, FuncTorchBatched, m) {
+  m.impl(kSelfAttention, TORCH_FN(self_attention));
+}
 
 }  // namespace torch_ext

@@ -12,7 +12,7 @@ namespace torch_ext {
 namespace {
 
 /// Where in an operator's arguments a tensor is.
-struct Place {
+struct ArgumentPlace {
   const c10::FunctionSchema& schema;
   std::size_t argument;
   std::size_t index;
@@ -25,7 +25,7 @@ struct Place {
   }
 };
 
-void refuse_gradient(const Place& place, bool is_written) {
+void refuse_gradient(const ArgumentPlace& place, bool is_written) {
   TORCH_CHECK(!is_written, place.name(),
               " takes a tensor that does not require grad while grad mode is on, got one that "
               "does: it is written; call the operator under torch.no_grad()");
@@ -36,7 +36,8 @@ void refuse_gradient(const Place& place, bool is_written) {
 }
 
 /// What nothing below autograd gets to see: a subclass would answer in its own words.
-void check_recordable(const Place& place, const at::Tensor& tensor, bool is_written, bool records) {
+void check_recordable(const ArgumentPlace& place, const at::Tensor& tensor, bool is_written,
+                      bool records) {
   if (!tensor.defined()) return;
   TORCH_CHECK(!tensor.is_nested(), place.name(),
               " takes a dense tensor; nested tensors are not supported");

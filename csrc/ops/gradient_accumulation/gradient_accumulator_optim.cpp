@@ -24,7 +24,7 @@ namespace {
 
 namespace optim = torch::optim;
 
-constexpr const char* kOp = "torch_ext::GradientAccumulator: ";
+constexpr const char* kAccumulator = "torch_ext::GradientAccumulator: ";
 
 /// A group's parameters that have a sum in this window.
 struct Members {
@@ -154,7 +154,7 @@ void step_through_grad(optim::Optimizer& optimizer, AccumulatorCore& core, const
 }  // namespace
 
 void check_optimizer(const optim::Optimizer& optimizer, const AccumulatorCore& core) {
-  TORCH_CHECK(typeid(optimizer) != typeid(optim::LBFGS), kOp,
+  TORCH_CHECK(typeid(optimizer) != typeid(optim::LBFGS), kAccumulator,
               "optimizer takes one that steps without a closure, got LBFGS");
   std::unordered_set<const c10::TensorImpl*> held;
   for (const optim::OptimizerParamGroup& group : optimizer.param_groups()) {
@@ -163,12 +163,12 @@ void check_optimizer(const optim::Optimizer& optimizer, const AccumulatorCore& c
   std::size_t found = 0;
   for (std::size_t i = 0; i < core.size(); ++i) {
     const bool holds = held.count(core.param(i).unsafeGetTensorImpl()) != 0;
-    TORCH_CHECK(holds || !core.param(i).requires_grad(), kOp,
+    TORCH_CHECK(holds || !core.param(i).requires_grad(), kAccumulator,
                 "optimizer takes one that holds the model's parameters, got one without parameter ",
                 core.name(i));
     found += holds ? 1 : 0;
   }
-  TORCH_CHECK(found == held.size(), kOp,
+  TORCH_CHECK(found == held.size(), kAccumulator,
               "optimizer takes one that holds the model's parameters only, got ",
               held.size() - found, " others");
 }

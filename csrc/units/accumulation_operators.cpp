@@ -1,0 +1,13 @@
+// The mini-batch operators. One translation unit (csrc/README.md).
+#include "ops/gradient_accumulation/accumulation_checks.cpp"
+#include "ops/gradient_accumulation/accumulation_meta.cpp"
+#include "ops/gradient_accumulation/accumulation_mutation.cpp"
+#include "ops/gradient_accumulation/accumulation_schema.cpp"
+#include "ops/gradient_accumulation/accumulation_vmap.cpp"
+#include "ops/gradient_accumulation/grad_stats_autograd.cpp"
+#include "ops/gradient_accumulation/list_loops.cpp"
+#include "ops/gradient_accumulation/list_operators_cpu.cpp"
+#include "ops/gradient_accumulation/list_params.cpp"
+#include "ops/gradient_accumulation/memory_overlap.cpp"
+#include "ops/gradient_accumulation/optimizer_step_cpu.cpp"
+#include "ops/gradient_accumulation/weight_gradient_cpu.cpp"

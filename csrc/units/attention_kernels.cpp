@@ -1,0 +1,11 @@
+// Attention for the dispatch keys CPU, Meta and autocast. One translation unit (csrc/README.md).
+#include "ops/attention/attention_autocast.cpp"
+#include "ops/attention/attention_backward_cpu.cpp"
+#include "ops/attention/attention_call.cpp"
+#include "ops/attention/attention_checks.cpp"
+#include "ops/attention/attention_dropout_mask_cpu.cpp"
+#include "ops/attention/attention_dropout_mask_meta.cpp"
+#include "ops/attention/attention_forward_cpu.cpp"
+#include "ops/attention/attention_meta.cpp"
+#include "ops/attention/packed_attention_cpu.cpp"
+#include "ops/attention/packed_attention_meta.cpp"

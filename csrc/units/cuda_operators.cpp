@@ -1,0 +1,10 @@
+// The operators on CUDA tensors. One translation unit (csrc/README.md).
+#include "ops/attention/attention_backward_cuda.cpp"
+#include "ops/attention/attention_dropout_mask_cuda.cpp"
+#include "ops/attention/attention_forward_cuda.cpp"
+#include "ops/attention/packed_attention_cuda.cpp"
+#include "ops/gradient_accumulation/embedding_gradient_cuda.cpp"
+#include "ops/gradient_accumulation/list_operators_cuda.cpp"
+#include "ops/gradient_accumulation/optimizer_step_cuda.cpp"
+#include "ops/gradient_accumulation/weight_gradient_cuda.cpp"
+#include "ops/sdpa_override/sdpa_override_multi_head_cuda.cpp"

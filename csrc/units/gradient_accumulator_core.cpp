@@ -1,0 +1,17 @@
+// AccumulatorCore. One translation unit (csrc/README.md).
+#include "ops/gradient_accumulation/gradient_accumulator_core.cpp"
+
+#include "ops/gradient_accumulation/gradient_accumulator_autocast.cpp"
+#include "ops/gradient_accumulation/gradient_accumulator_buffers.cpp"
+#include "ops/gradient_accumulation/gradient_accumulator_class.cpp"
+#include "ops/gradient_accumulation/gradient_accumulator_embedding.cpp"
+#include "ops/gradient_accumulation/gradient_accumulator_leaf.cpp"
+#include "ops/gradient_accumulation/gradient_accumulator_linear.cpp"
+#include "ops/gradient_accumulation/gradient_accumulator_masters.cpp"
+#include "ops/gradient_accumulation/gradient_accumulator_noise.cpp"
+#include "ops/gradient_accumulation/gradient_accumulator_normalise.cpp"
+#include "ops/gradient_accumulation/gradient_accumulator_random.cpp"
+#include "ops/gradient_accumulation/gradient_accumulator_state.cpp"
+#include "ops/gradient_accumulation/gradient_accumulator_take.cpp"
+#include "ops/gradient_accumulation/gradient_accumulator_worker.cpp"
+#include "ops/gradient_accumulation/worker_team.cpp"
