@@ -1,14 +1,14 @@
 """Builds libtorch_ext.so and the module torch_ext._C with torch's BuildExtension.
 
-    pip install --no-build-isolation .
+    pip install --no-build-isolation .      # or make wheel, and pip install dist/*.whl
 
-TORCH_EXT_CUDA=0/1 and TORCH_CUDA_ARCH_LIST decide about CUDA, MAX_JOBS about parallel compilers.
+CUDA kernels are compiled where there is a GPU; TORCH_EXT_CUDA=0/1 decides otherwise, and
+TORCH_CUDA_ARCH_LIST for which GPUs. MAX_JOBS is the number of parallel compilers.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -132,13 +132,12 @@ class BuildTorchExt(BuildExtension):
     def run(self) -> None:
         print(cpp_build_message(), flush=True)
         cpp_build.limit_jobs()
+        package = Path(self.get_ext_fullpath(LIBRARY)).resolve().parent.parent
+        (package / "lib" / cpp_build.BUILD_INFO).unlink(missing_ok=True)
         super().run()
-        self._add_files(Path(self.get_ext_fullpath(LIBRARY)).resolve().parent.parent)
+        self._add_files(package)
 
     def _add_files(self, package: Path) -> None:
-        (package / "lib" / cpp_build.BUILD_INFO).write_text(
-            json.dumps(PLAN.info(), indent=2) + "\n"
-        )
         shutil.copytree(
             ROOT / "csrc" / "include" / "torch_ext",
             package / "include" / "torch_ext",
@@ -157,6 +156,8 @@ class BuildTorchExt(BuildExtension):
             for variable, value in values.items():
                 text = text.replace(variable, value)
             (folder / name).write_text(text)
+        # Last: without it, the library counts as not built.
+        cpp_build.write_record(package / "lib" / cpp_build.BUILD_INFO, PLAN.info())
 
 
 class BuildPython(build_py):
@@ -172,8 +173,15 @@ def cpp_build_message() -> str:
     return f"torch_ext: building {PLAN.describe()}"
 
 
+def _local_version() -> str:
+    """The public version, and the torch, with its CUDA where that matters, that it is built for:
+    a wheel of 0.1.0 is one of many, and runs with this one."""
+    cuda = f".cu{torch.version.cuda.replace('.', '')}" if PLAN.cuda.on else ""
+    return f"{PLAN.version}+torch{cpp_build.release(torch.__version__)}{cuda}"
+
+
 setup(
-    version=PLAN.version,
+    version=_local_version(),
     ext_modules=_extensions(),
     cmdclass={"build_ext": BuildTorchExt, "build_py": BuildPython},
 )

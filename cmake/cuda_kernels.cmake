@@ -2,31 +2,9 @@
 # TORCH_EXT_CUDA_ARCHITECTURES (in torch's notation: TORCH_CUDA_ARCH_LIST, else all that the kernels
 # are written for). After find_package(CUDAToolkit).
 
-# CUTLASS comes as headers in a Python package: beside torch, or in the environment that builds.
-set(_cutlass_hints ${TORCH_EXT_TORCH_ROOT}/../cutlass_library/source/include)
-if(DEFINED Python_EXECUTABLE)
-  execute_process(
-    COMMAND ${Python_EXECUTABLE} -c
-      "import importlib.util as u; s = u.find_spec('cutlass_library'); print(s.submodule_search_locations[0] if s else '')"
-    OUTPUT_VARIABLE _cutlass_package OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
-  list(APPEND _cutlass_hints ${_cutlass_package}/source/include)
-endif()
-find_path(TORCH_EXT_CUTLASS_INCLUDE_DIR cute/tensor.hpp
-          HINTS $ENV{CUTLASS_PATH}/include ${_cutlass_hints})
-set(_cutlass_version "none")
-if(TORCH_EXT_CUTLASS_INCLUDE_DIR)
-  file(STRINGS ${TORCH_EXT_CUTLASS_INCLUDE_DIR}/cutlass/version.h _lines
-       REGEX "#define CUTLASS_(MAJOR|MINOR) [0-9]+")
-  string(REGEX MATCHALL "[0-9]+" _numbers "${_lines}")
-  list(JOIN _numbers "." _cutlass_version)
-endif()
-if(NOT TORCH_EXT_CUTLASS_INCLUDE_DIR OR _cutlass_version VERSION_LESS 4.2)
-  message(FATAL_ERROR
-    "torch_ext: the CUDA kernels take the headers of CUTLASS 4.2 or newer, got ${_cutlass_version}. One of:\n"
-    "  pip install 'nvidia-cutlass>=4.2'          into the environment of torch\n"
-    "  CUTLASS_PATH=<a checkout of CUTLASS>       in the environment\n"
-    "  -DTORCH_EXT_CUTLASS_INCLUDE_DIR=<folder>   which holds cute/ and cutlass/\n"
-    "  TORCH_EXT_CUDA=0                           in the environment: without CUDA")
+include(${CMAKE_CURRENT_LIST_DIR}/cutlass.cmake)
+if(TORCH_EXT_CUTLASS_MISSING)
+  message(FATAL_ERROR "torch_ext: ${TORCH_EXT_CUTLASS_MISSING}")
 endif()
 
 if(NOT "$ENV{TORCH_CUDA_ARCH_LIST}" STREQUAL "")

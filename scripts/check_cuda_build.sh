@@ -9,16 +9,22 @@ torch=$(python -c 'import importlib.util as u; print(*u.find_spec("torch").submo
 folder=${BUILD:-build}/cuda_kernels
 mkdir -p "$folder"
 
-# Not TORCH_EXT_CUDA, which CI sets to 0 for everything else.
-if ! env -u TORCH_EXT_CUDA cmake -S . -B "$folder" -G Ninja -DCMAKE_BUILD_TYPE=Release \
+if ! cmake -S . -B "$folder" -DTORCH_EXT_CUDA=ON -G Ninja -DCMAKE_BUILD_TYPE=Release \
   -DCMAKE_PREFIX_PATH="$torch" -DPython_EXECUTABLE="$(command -v python)" \
   -DCMAKE_CXX_COMPILER_LAUNCHER="$launcher" -DCMAKE_CUDA_COMPILER_LAUNCHER="$launcher" \
   -DCMAKE_CUDA_FLAGS="-Xptxas -v" >"$folder/configure.log" 2>&1; then
+  # CMake breaks its messages into lines.
+  said=$(tr -s '\n ' ' ' <"$folder/configure.log")
+  missing='TORCH_EXT_CUDA=ON, but '
+  missing+='(no nvcc was found|LibTorch in [^ ]* is built without CUDA|nvcc [^ ]* cannot compile for a LibTorch of CUDA [0-9]+)'
+  if [[ $said =~ $missing ]]; then
+    echo "torch_ext: the CUDA kernels are not checked: ${BASH_REMATCH[1]}"
+    exit 0
+  fi
   cat "$folder/configure.log" >&2
   exit 1
 fi
 grep -h '^-- torch_ext' "$folder/configure.log"
-grep -q '^-- torch_ext.* with CUDA' "$folder/configure.log" || exit 0
 
 # From scratch where there is no ccache: a report comes only from what is compiled.
 cmake --build "$folder" --target clean

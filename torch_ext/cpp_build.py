@@ -1,4 +1,4 @@
-"""How the C++ side is compiled from Python: by setup.py, and at import in a bare checkout.
+"""How the C++ side is compiled from Python: by setup.py, and by checkout_build.py at import.
 
 ``setup.py`` loads this file by its path, before the package can be imported: it imports nothing of
 the package.
@@ -6,8 +6,6 @@ the package.
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import importlib
 import importlib.util
 import json
@@ -15,19 +13,14 @@ import logging
 import os
 import re
 import subprocess
-import sys
-import sysconfig
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
 BUILD_INFO = "build_info.json"
-MODULE = "torch_ext_C"
 OLDEST_TORCH = (2, 11)
 OLDEST_CUTLASS = (4, 2)
 NEWEST_TORCH_TESTED = (2, 15)
@@ -50,7 +43,7 @@ def release(version: str) -> str:
     return found.group() if found.group(1) else f"{found.group()}.0"
 
 
-def _numbers(version: str) -> tuple[int, ...]:
+def numbers(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in release(version).split("."))
 
 
@@ -59,7 +52,7 @@ def _lines(file: Path) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def _cpp_extension() -> ModuleType:
+def torch_cpp_extension() -> ModuleType:
     """torch.utils.cpp_extension, without its warning that nvcc is there but no GPU."""
     logger = logging.getLogger("torch.utils.cpp_extension")
     level = logger.level
@@ -94,12 +87,14 @@ def _nvcc_release(cuda_home: str) -> str | None:
     return found.group(1) if found else None
 
 
-def _cutlass_headers() -> str:
-    """The folder that holds ``cute/`` and ``cutlass/``.
+def _has_gpu() -> bool:
+    """As ``torch.cuda.is_available()``, but through NVML where it can: initialised CUDA, after an
+    import that does nothing else with it, would break the processes that the caller forks."""
+    return torch.cuda.device_count() > 0
 
-    Raises:
-        BuildError: there is none, or it is too old.
-    """
+
+def _cutlass_headers() -> tuple[str, str]:
+    """The folder that holds ``cute/`` and ``cutlass/``, or "", and its version, or "none"."""
     package = importlib.util.find_spec("cutlass_library")
     locations = package.submodule_search_locations if package is not None else None
     candidates = [Path(location) / "source" / "include" for location in locations or []]
@@ -113,13 +108,8 @@ def _cutlass_headers() -> str:
         numbers = re.findall(r"#define CUTLASS_(?:MAJOR|MINOR) (\d+)", file.read_text())
         version = ".".join(numbers)
         if tuple(map(int, numbers)) >= OLDEST_CUTLASS:
-            return str(folder)
-    oldest = ".".join(str(number) for number in OLDEST_CUTLASS)
-    raise BuildError(
-        f"torch_ext: the CUDA kernels take the headers of CUTLASS {oldest} or newer, got "
-        f"{version}. Either `pip install 'nvidia-cutlass>={oldest}'`, or set CUTLASS_PATH to a "
-        "checkout of it, or TORCH_EXT_CUDA=0 to build without CUDA"
-    )
+            return str(folder), version
+    return "", version
 
 
 def _gencode_flags(architectures: str) -> list[str]:
@@ -139,31 +129,43 @@ def _gencode_flags(architectures: str) -> list[str]:
     return flags
 
 
-def choose_cuda(csrc: Path) -> CudaChoice:
-    """On where torch has CUDA, an nvcc of the same major version is found, and there are sources.
-
-    ``TORCH_EXT_CUDA=0`` turns it off and ``TORCH_EXT_CUDA=1`` makes what is missing an error. A GPU
-    is not asked for: machines that build seldom have one.
-
-    Raises:
-        BuildError: ``TORCH_EXT_CUDA=1`` cannot be had, or CUTLASS is missing: pip could bring it.
-    """
+def _cuda_request() -> str:
+    """The variable that asks for CUDA, as ``NAME=1``; "TORCH_EXT_CUDA=0" where that forbids it;
+    "" where nobody has asked."""
     wish = os.environ.get("TORCH_EXT_CUDA", "")
     if wish not in ("", "0", "1"):
         raise BuildError(f"torch_ext: TORCH_EXT_CUDA takes 0 or 1, got {wish!r}")
-    if wish == "0":
-        return CudaChoice(False, "TORCH_EXT_CUDA=0")
+    if wish:
+        return f"TORCH_EXT_CUDA={wish}"
+    # The name that other extensions of torch know; any other value of it asks for nothing there.
+    return "FORCE_CUDA=1" if os.environ.get("FORCE_CUDA") == "1" else ""
+
+
+def choose_cuda(csrc: Path) -> CudaChoice:
+    """On where torch has CUDA, the machine has a GPU, and nvcc and CUTLASS fit.
+
+    ``TORCH_EXT_CUDA=0`` turns it off. ``TORCH_EXT_CUDA=1`` or ``FORCE_CUDA=1`` asks for it: no GPU
+    is needed then, and anything else that is missing is an error.
+
+    Raises:
+        BuildError: CUDA was asked for and cannot be had.
+    """
+    request = _cuda_request()
+    if request == "TORCH_EXT_CUDA=0":
+        return CudaChoice(False, request)
 
     def missing(reason: str) -> CudaChoice:
-        if wish == "1":
-            raise BuildError(f"torch_ext: TORCH_EXT_CUDA=1, but {reason}")
+        if request:
+            raise BuildError(f"torch_ext: {request}, but {reason}")
         return CudaChoice(False, reason)
 
     if not _lines(csrc / "sources_cuda.txt"):
         return missing("this version has no CUDA sources")
     if torch.version.cuda is None:
         return missing(f"torch {torch.__version__} is built without CUDA")
-    cuda_home = _cpp_extension().CUDA_HOME
+    if not request and not _has_gpu():
+        return CudaChoice(False, "no GPU is here; TORCH_EXT_CUDA=1 compiles for one all the same")
+    cuda_home = torch_cpp_extension().CUDA_HOME
     nvcc = _nvcc_release(cuda_home) if cuda_home else None
     if nvcc is None:
         return missing("no nvcc was found: put it on PATH or set CUDA_HOME")
@@ -172,9 +174,16 @@ def choose_cuda(csrc: Path) -> CudaChoice:
             f"nvcc {nvcc} in {cuda_home} cannot compile for a torch built with CUDA "
             f"{torch.version.cuda}: the major versions differ"
         )
-    default = CUDA_ARCHITECTURES if _numbers(nvcc) >= (12, 8, 0) else CUDA_ARCHITECTURES_BEFORE_12_8
+    cutlass, version = _cutlass_headers()
+    if not cutlass:
+        oldest = ".".join(str(number) for number in OLDEST_CUTLASS)
+        return missing(
+            f"the CUDA kernels take the headers of CUTLASS {oldest} or newer, got {version}: "
+            f"`pip install 'nvidia-cutlass>={oldest}'`, or set CUTLASS_PATH to a checkout of it"
+        )
+    default = CUDA_ARCHITECTURES if numbers(nvcc) >= (12, 8, 0) else CUDA_ARCHITECTURES_BEFORE_12_8
     architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or default
-    return CudaChoice(True, f"nvcc {nvcc} in {cuda_home}", architectures, _cutlass_headers())
+    return CudaChoice(True, f"nvcc {nvcc} in {cuda_home}", architectures, cutlass)
 
 
 @dataclass(frozen=True)
@@ -196,7 +205,7 @@ class BuildPlan:
         """The pybind11 module's, which is not part of the library."""
         return self.csrc / "ops" / "python_module.cpp"
 
-    def info(self) -> dict[str, object]:
+    def info(self) -> dict[str, Any]:
         """What ``build_info.json`` beside the library says."""
         return {
             "version": self.version,
@@ -217,9 +226,9 @@ def plan_build(csrc: Path) -> BuildPlan:
     """Reads the source lists under ``csrc`` and decides about CUDA.
 
     Raises:
-        BuildError: torch is too old, or ``TORCH_EXT_CUDA=1`` cannot be had.
+        BuildError: torch is too old, or CUDA was asked for and cannot be had.
     """
-    if _numbers(torch.__version__)[:2] < OLDEST_TORCH:
+    if numbers(torch.__version__)[:2] < OLDEST_TORCH:
         oldest = ".".join(str(number) for number in OLDEST_TORCH)
         raise BuildError(f"torch_ext: takes torch {oldest} or newer, got {torch.__version__}")
     found = re.search(
@@ -230,7 +239,7 @@ def plan_build(csrc: Path) -> BuildPlan:
     lists = ["sources_cpu.txt"] + (["sources_cuda.txt"] if cuda.on else [])
     cxx_flags = _lines(csrc / "compile_flags.txt")
     # A newer torch may need a later standard than C++20, and asks for it itself.
-    standard = ["-std=c++20"] if _numbers(torch.__version__)[:2] <= NEWEST_TORCH_TESTED else []
+    standard = ["-std=c++20"] if numbers(torch.__version__)[:2] <= NEWEST_TORCH_TESTED else []
     nvcc_flags = []
     if cuda.on:
         nvcc_flags = [
@@ -251,120 +260,29 @@ def plan_build(csrc: Path) -> BuildPlan:
     )
 
 
+def read_record(file: Path) -> dict[str, Any] | None:
+    """What a build wrote about itself at its end; None where it is not there or not whole."""
+    try:
+        record = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return None
+    whole = isinstance(record, dict) and {"version", "torch_version"} <= record.keys()
+    return record if whole else None
+
+
+def write_record(file: Path, record: dict[str, Any]) -> None:
+    """All of it or nothing, whenever the process is killed."""
+    unfinished = file.with_name(f"{file.name}.{os.getpid()}")
+    with open(unfinished, "w") as stream:
+        stream.write(json.dumps(record, indent=2) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    unfinished.replace(file)
+
+
 def limit_jobs() -> None:
     """Sets ``MAX_JOBS``, which torch's builds honour, to what cores and memory allow, if unset."""
     if not os.environ.get("MAX_JOBS"):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         cores = len(os.sched_getaffinity(0))
         os.environ["MAX_JOBS"] = str(max(1, min(cores, int(memory / BYTES_PER_JOB))))
-
-
-def _digest(plan: BuildPlan) -> str:
-    """Of every file under csrc and of the flags: what the compiled module is made of."""
-    digest = hashlib.sha256(repr((plan.info(), plan.nvcc_flags)).encode())
-    for file in sorted(path for path in plan.csrc.rglob("*") if path.is_file()):
-        digest.update(str(file.relative_to(plan.csrc)).encode())
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
-def _build_folder(plan: BuildPlan) -> Path:
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or _cpp_extension().get_default_build_root()
-    # The checkout too is part of the name: two of them do not rebuild each other's.
-    key = "|".join(
-        [
-            str(plan.csrc),
-            torch.__version__,
-            sysconfig.get_config_var("SOABI") or "",
-            str(plan.cuda),
-        ]
-    )
-    digest = hashlib.sha256(key.encode()).hexdigest()[:8]
-    return Path(root) / f"torch_ext-torch{release(torch.__version__)}-{digest}"
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "torch_ext.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        # torch's own lock is a file that a killed build leaves behind, and then waits for for ever.
-        (folder / "lock").unlink(missing_ok=True)
-        yield
-
-
-def _import_from(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(MODULE, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _compile(plan: BuildPlan, folder: Path, say: Callable[[str], None]) -> ModuleType:
-    cpp_extension = _cpp_extension()
-    if not cpp_extension.is_ninja_available():
-        raise BuildError("torch_ext: compiling it takes ninja: pip install ninja")
-    limit_jobs()
-    say(
-        f"torch_ext: compiling {plan.describe()}, once, in a few minutes; it is kept in {folder}",
-    )
-    start = time.monotonic()
-    torch_numbers = _numbers(torch.__version__)[:2]
-    module = cpp_extension.load(
-        name=MODULE,
-        sources=[str(source) for source in [*plan.sources, plan.module_source]],
-        extra_include_paths=[str(folder) for folder in plan.include_dirs],
-        # torch 2.15 has put the standard before these already.
-        extra_cflags=plan.cxx_flags + (plan.standard if torch_numbers < (2, 15) else []),
-        extra_cuda_cflags=plan.nvcc_flags,
-        extra_ldflags=["-fopenmp", *(f"-l{name}" for name in plan.libraries)],
-        build_directory=str(folder),
-        with_cuda=plan.cuda.on,
-    )
-    say(f"torch_ext: compiled in {time.monotonic() - start:.0f} s")
-    return module
-
-
-def load_checkout(csrc: Path) -> tuple[ModuleType, Path]:
-    """Compiles the library of a bare checkout, or takes what an earlier import compiled.
-
-    Returns:
-        The module that is ``torch_ext._C``, with the operators registered, and its file.
-
-    Raises:
-        BuildError: ``TORCH_EXT_JIT=0``, or a tool is missing.
-        RuntimeError: the compiler failed; the message has its output.
-    """
-    try:
-        plan = plan_build(csrc)
-        folder = _build_folder(plan)
-    except ModuleNotFoundError as error:
-        raise BuildError(
-            f"torch_ext: compiling it takes {error.name}: pip install {error.name}"
-        ) from error
-    library = folder / f"{MODULE}.so"
-    info_file = folder / BUILD_INFO
-    info = {**plan.info(), "digest": _digest(plan)}
-
-    def up_to_date() -> bool:
-        return (
-            library.is_file() and info_file.is_file() and json.loads(info_file.read_text()) == info
-        )
-
-    if up_to_date():
-        return _import_from(library), library
-    if os.environ.get("TORCH_EXT_JIT") == "0":
-        raise BuildError(
-            "torch_ext: this is a checkout that has not been compiled, and TORCH_EXT_JIT=0 forbids "
-            "to do so at import. Run `make build` or `pip install --no-build-isolation .` in "
-            f"{csrc.parent}, or unset TORCH_EXT_JIT"
-        )
-    with _locked(folder):
-        if up_to_date():  # another process compiled it meanwhile
-            return _import_from(library), library
-        info_file.unlink(missing_ok=True)
-        module = _compile(plan, folder, lambda line: print(line, file=sys.stderr, flush=True))
-        info_file.write_text(json.dumps(info, indent=2) + "\n")
-    return module, library

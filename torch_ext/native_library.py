@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,11 @@ from typing import Any
 
 import torch
 
-from . import cpp_build
+from . import checkout_build, cpp_build
 
 PACKAGE = Path(__file__).resolve().parent
 LIBRARY = PACKAGE / "lib" / "libtorch_ext.so"
+RECORD = LIBRARY.parent / cpp_build.BUILD_INFO
 CSRC = PACKAGE.parent / "csrc"
 
 
@@ -63,11 +63,10 @@ def check_build(info: dict[str, Any]) -> None:
         )
 
 
-def _load_prebuilt() -> NativeLibrary:
-    info = json.loads((LIBRARY.parent / cpp_build.BUILD_INFO).read_text())
+def _load_prebuilt(info: dict[str, Any]) -> NativeLibrary:
     check_build(info)
-    torch.ops.load_library(LIBRARY)
     try:
+        torch.ops.load_library(LIBRARY)
         module = importlib.import_module("torch_ext._C")
     except ModuleNotFoundError as error:
         python = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -75,27 +74,37 @@ def _load_prebuilt() -> NativeLibrary:
             f"torch_ext: the library is there, but not its module for Python {python} "
             f"({PACKAGE / '_C.*.so'}): rebuild it. {_how_to_rebuild()}"
         ) from error
+    except (OSError, ImportError) as error:  # a file that is not whole
+        raise ImportError(
+            f"torch_ext: the library cannot be loaded: {error}: rebuild it. {_how_to_rebuild()}"
+        ) from error
     return NativeLibrary(LIBRARY, module, info, compiled_at_import=False)
 
 
 def _load_checkout() -> NativeLibrary:
-    module, path = cpp_build.load_checkout(CSRC)
+    build = checkout_build.load_checkout(CSRC)
     # As if it were a file of the package.
-    sys.modules["torch_ext._C"] = module
-    vars(sys.modules["torch_ext"])["_C"] = module
-    info = json.loads((path.parent / cpp_build.BUILD_INFO).read_text())
-    return NativeLibrary(path, module, info, compiled_at_import=True)
+    sys.modules["torch_ext._C"] = build.module
+    vars(sys.modules["torch_ext"])["_C"] = build.module
+    return NativeLibrary(build.library, build.module, build.record, compiled_at_import=True)
 
 
 def _load() -> NativeLibrary:
-    if LIBRARY.is_file():
-        return _load_prebuilt()
+    # The record is written last: without it, or with half of it, nothing has been built.
+    record = cpp_build.read_record(RECORD)
+    if LIBRARY.is_file() and record is not None:
+        return _load_prebuilt(record)
     if _is_checkout():
         return _load_checkout()
+    missing = RECORD if LIBRARY.is_file() else LIBRARY
     raise ImportError(
-        f"torch_ext: the installation is incomplete: there is no {LIBRARY}. {_how_to_rebuild()}"
+        f"torch_ext: the installation is incomplete: there is no whole {missing}. "
+        f"{_how_to_rebuild()}"
     )
 
 
 loaded = _load()
 """The one library of this process."""
+
+# Read when a kernel is first chosen, in Python now: a name that is none must not wait until then.
+loaded.module.cpu_capability()

@@ -132,6 +132,11 @@ TEST_F(CapabilityVariable, Unset) {
               path_and_name(supported_capability()));
 }
 
+TEST_F(CapabilityVariable, EmptyIsUnset) {
+  EXPECT_EXIT(exit_with_capability(""), ::testing::ExitedWithCode(0),
+              path_and_name(supported_capability()));
+}
+
 TEST_F(CapabilityVariable, Limits) {
   for (const CpuCapability capability : kAll) {
     const CpuCapability expected = std::min(capability, supported_capability());

@@ -61,7 +61,26 @@ def test_another_python(installed: InstalledPackage, package: Path) -> None:
 def test_library_missing(installed: InstalledPackage, package: Path) -> None:
     (package / "lib" / "libtorch_ext.so").unlink()
     message = _import_error(installed, package)
-    assert "the installation is incomplete: there is no " in message
+    assert "the installation is incomplete: there is no whole " in message
+    assert message.endswith(_REINSTALL)
+
+
+@pytest.mark.parametrize("text", [None, "", '{"version": '])
+def test_record_not_whole(installed: InstalledPackage, package: Path, text: str | None) -> None:
+    record = package / "lib" / "build_info.json"
+    record.unlink()
+    if text is not None:
+        record.write_text(text)
+    message = _import_error(installed, package)
+    assert f"the installation is incomplete: there is no whole {record}" in message
+    assert message.endswith(_REINSTALL)
+
+
+def test_library_not_whole(installed: InstalledPackage, package: Path) -> None:
+    library = package / "lib" / "libtorch_ext.so"
+    library.write_bytes(library.read_bytes()[:1000])
+    message = _import_error(installed, package)
+    assert "torch_ext: the library cannot be loaded: " in message
     assert message.endswith(_REINSTALL)
 
 

@@ -1,4 +1,4 @@
-"""Whether, for what and with what the CUDA sources are compiled: cpp_build.py and CMake agree."""
+"""Whether, for what and with what the CUDA sources are compiled from Python (cpp_build.py)."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ def cpp_build() -> ModuleType:
 def cuda_machine(
     cpp_build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> pytest.MonkeyPatch:
-    """A machine with everything: torch with CUDA, its nvcc, CUTLASS, no wishes."""
-    for name in ("TORCH_EXT_CUDA", "TORCH_CUDA_ARCH_LIST", "CUTLASS_PATH"):
+    """A machine with everything: a GPU, torch with CUDA, its nvcc, CUTLASS, no wishes."""
+    for name in ("TORCH_EXT_CUDA", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST", "CUTLASS_PATH"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(cpp_build, "_has_gpu", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "13.2")
     monkeypatch.setattr(cpp_build, "_nvcc_release", lambda home: "13.0")
     monkeypatch.setattr(
-        cpp_build, "_cpp_extension", lambda: type("Extension", (), {"CUDA_HOME": "/cuda"})
+        cpp_build, "torch_cpp_extension", lambda: type("Extension", (), {"CUDA_HOME": "/cuda"})
     )
     version = tmp_path / "cutlass" / "include" / "cutlass" / "version.h"
     version.parent.mkdir(parents=True)
@@ -115,30 +116,56 @@ def test_what_is_missing_is_said(
     assert not any(source.suffix == ".cu" for source in plan.sources)
     assert f"without CUDA ({plan.cuda.reason})" in plan.describe()
     assert reason in plan.cuda.reason
-    cuda_machine.setenv("TORCH_EXT_CUDA", "1")
-    with pytest.raises(cpp_build.BuildError, match="TORCH_EXT_CUDA=1, but " + ".*"):
-        cpp_build.plan_build(CSRC)
+    for name in ("TORCH_EXT_CUDA", "FORCE_CUDA"):
+        with cuda_machine.context() as asked:
+            asked.setenv(name, "1")
+            with pytest.raises(cpp_build.BuildError, match=f"{name}=1, but .*{re.escape(reason)}"):
+                cpp_build.plan_build(CSRC)
 
 
-def test_turned_off(cpp_build: ModuleType, cuda_machine: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("forced", [False, True])
+def test_turned_off(cpp_build: ModuleType, cuda_machine: pytest.MonkeyPatch, forced: bool) -> None:
     cuda_machine.setenv("TORCH_EXT_CUDA", "0")
+    if forced:
+        cuda_machine.setenv("FORCE_CUDA", "1")
     choice = cpp_build.choose_cuda(CSRC)
     assert (choice.on, choice.reason) == (False, "TORCH_EXT_CUDA=0")
 
 
-def test_cutlass_is_asked_for(
+def test_nvcc_alone_is_not_enough(cpp_build: ModuleType, cuda_machine: pytest.MonkeyPatch) -> None:
+    cuda_machine.setattr(cpp_build, "_has_gpu", lambda: False)
+    for name, value in (("TORCH_EXT_CUDA", ""), ("FORCE_CUDA", "0")):
+        cuda_machine.setenv(name, value)
+        choice = cpp_build.choose_cuda(CSRC)
+        assert not choice.on
+        assert choice.reason == "no GPU is here; TORCH_EXT_CUDA=1 compiles for one all the same"
+    for name in ("TORCH_EXT_CUDA", "FORCE_CUDA"):
+        with cuda_machine.context() as asked:
+            asked.setenv(name, "1")
+            assert cpp_build.choose_cuda(CSRC).on
+
+
+def test_the_search_for_a_gpu_leaves_cuda_alone(cpp_build: ModuleType) -> None:
+    """The processes that the importing one forks may still start CUDA."""
+    assert isinstance(cpp_build._has_gpu(), bool)
+    assert not torch.cuda.is_initialized()
+
+
+def test_missing_cutlass_is_an_error_where_cuda_was_asked_for(
     cpp_build: ModuleType, cuda_machine: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     cuda_machine.setattr(cpp_build.importlib.util, "find_spec", lambda name: None)
     old = tmp_path / "cutlass" / "include" / "cutlass" / "version.h"
     old.write_text("#define CUTLASS_MAJOR 3\n#define CUTLASS_MINOR 9\n")
     for got in ("3.9", "none"):
-        with pytest.raises(cpp_build.BuildError) as refusal:
-            cpp_build.choose_cuda(CSRC)
-        message = str(refusal.value)
-        assert f"take the headers of CUTLASS 4.2 or newer, got {got}." in message
-        assert "pip install 'nvidia-cutlass>=4.2'" in message
-        assert "TORCH_EXT_CUDA=0" in message
+        choice = cpp_build.choose_cuda(CSRC)
+        assert not choice.on
+        assert f"take the headers of CUTLASS 4.2 or newer, got {got}:" in choice.reason
+        assert "pip install 'nvidia-cutlass>=4.2'" in choice.reason
+        with cuda_machine.context() as asked:
+            asked.setenv("FORCE_CUDA", "1")
+            with pytest.raises(cpp_build.BuildError, match="FORCE_CUDA=1, but the CUDA kernels"):
+                cpp_build.choose_cuda(CSRC)
         cuda_machine.delenv("CUTLASS_PATH", raising=False)
 
 
@@ -146,7 +173,8 @@ def test_cmake_has_the_same_defaults(cpp_build: ModuleType) -> None:
     text = (ROOT / "cmake" / "cuda_kernels.cmake").read_text()
     assert f'"{cpp_build.CUDA_ARCHITECTURES}"' in text
     assert f'"{cpp_build.CUDA_ARCHITECTURES_BEFORE_12_8}"' in text
-    assert f"VERSION_LESS {'.'.join(map(str, cpp_build.OLDEST_CUTLASS))}" in text
+    oldest = ".".join(map(str, cpp_build.OLDEST_CUTLASS))
+    assert f"VERSION_LESS {oldest}" in (ROOT / "cmake" / "cutlass.cmake").read_text()
 
 
 def test_a_kernel_file_has_a_source_line() -> None:

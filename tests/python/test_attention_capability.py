@@ -102,11 +102,25 @@ def test_environment_variable() -> None:
     assert run.stdout.split() == ["default", "cpu.default.tile"]
 
 
-def test_environment_variable_that_names_nothing() -> None:
-    run = _in_new_process("avx3")
-    assert run.returncode != 0
-    assert "TORCH_EXT_CPU_CAPABILITY" in run.stderr
-    assert "avx3" in run.stderr
+def test_an_empty_variable_counts_as_unset() -> None:
+    run = _in_new_process("")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split()[0] == torch_ext._C.supported_cpu_capability()
+
+
+@pytest.mark.parametrize("name", ["avx3", " ", "AVX2"])
+def test_a_variable_that_names_nothing_raises_at_import(name: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", "import torch_ext"],
+        env={**os.environ, "TORCH_EXT_CPU_CAPABILITY": name},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 1
+    message = run.stderr.splitlines()[-1]
+    assert message.startswith("ValueError: TORCH_EXT_CPU_CAPABILITY takes default, avx2, ")
+    assert message.endswith(f"got '{name}'")
 
 
 class TestPath:

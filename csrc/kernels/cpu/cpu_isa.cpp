@@ -35,7 +35,7 @@ std::atomic<CpuCapability>& capability_in_use() {
   static std::atomic<CpuCapability> capability{[] {
     const char* limit = std::getenv(kVariable);
     const CpuCapability supported = supported_capability();
-    if (limit == nullptr) return supported;
+    if (limit == nullptr || *limit == '\0') return supported;
     const CpuCapability wanted = parse_capability(limit);
     return wanted < supported ? wanted : supported;
   }()};

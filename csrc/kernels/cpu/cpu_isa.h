@@ -16,7 +16,7 @@ std::string_view capability_name(CpuCapability capability);
 CpuCapability supported_capability();
 
 /// The one in use: supported_capability(), limited by the environment variable
-/// TORCH_EXT_CPU_CAPABILITY when first asked, or what set_capability() set since.
+/// TORCH_EXT_CPU_CAPABILITY (empty: unset) when first asked, or what set_capability() set since.
 /// Throws std::invalid_argument for a value of the variable that names no capability.
 CpuCapability current_capability();
 
