@@ -11,11 +11,9 @@ namespace {
 
 using testing::explicit_attention;
 using testing::gradients;
+using testing::kSameButForRounding;
 using testing::random_leaf;
 using testing::relative_error;
-
-constexpr double kForwardTolerance = 3e-6;
-constexpr double kBackwardTolerance = 9e-6;
 
 struct Inputs {
   at::Tensor query = random_leaf({2, 4, 37, 24});
@@ -27,12 +25,12 @@ struct Inputs {
 
 void expect_same_gradients(const at::Tensor& out, const at::Tensor& expected,
                            const std::vector<at::Tensor>& inputs) {
-  EXPECT_LT(relative_error(out, expected), kForwardTolerance);
+  EXPECT_LT(relative_error(out, expected), kSameButForRounding);
   const at::Tensor weights = at::randn_like(out);
   const auto actual = gradients(out, inputs, weights);
   const auto reference = gradients(expected, inputs, weights);
   for (std::size_t input = 0; input < inputs.size(); ++input) {
-    EXPECT_LT(relative_error(actual[input], reference[input]), kBackwardTolerance)
+    EXPECT_LT(relative_error(actual[input], reference[input]), kSameButForRounding)
         << "input " << input;
   }
 }

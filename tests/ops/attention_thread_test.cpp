@@ -13,7 +13,9 @@ namespace torch_ext {
 namespace {
 
 using testing::gradients;
+using testing::kSameButForRounding;
 using testing::random_leaf;
+using testing::relative_error;
 
 constexpr int kThreads = 8;
 constexpr int kRounds = 5;
@@ -62,7 +64,7 @@ TEST(AttentionThreads, SwitchWhileOthersCompute) {
     threads.emplace_back([&] {
       while (!stop) {
         const at::Tensor out = at::scaled_dot_product_attention(input, input, input);
-        if (!at::allclose(out, expected, 1e-4, 1e-5)) ++wrong;
+        if (relative_error(out, expected) > kSameButForRounding) ++wrong;
       }
     });
   }

@@ -18,6 +18,10 @@ at::Tensor explicit_attention(const at::Tensor& query, const at::Tensor& key,
 /// A normal tensor that requires grad.
 at::Tensor random_leaf(at::IntArrayRef sizes, at::ScalarType type = at::kFloat);
 
+/// The relative error allowed between two float32 results that differ in the order of their sums:
+/// 32 roundings, as in tests/python/rounding_bounds.py.
+inline constexpr double kSameButForRounding = 32.0 * 0x1p-23;
+
 /// ||actual - expected|| / ||expected||
 double relative_error(const at::Tensor& actual, const at::Tensor& expected);
 

@@ -9,6 +9,7 @@ namespace {
 
 using testing::explicit_attention;
 using testing::gradients;
+using testing::kSameButForRounding;
 using testing::random_leaf;
 using testing::relative_error;
 
@@ -52,14 +53,17 @@ TEST(SelfAttention, TrainsAsItsParts) {
   padding.slice(0, 1).slice(1, 11).fill_(true);
   const at::Tensor out = layer.fused(input, /*is_causal=*/true, padding);
   const at::Tensor expected = layer.written_out(input, /*is_causal=*/true, padding);
-  EXPECT_LT(relative_error(out, expected), 3e-6);
+  EXPECT_LT(relative_error(out, expected), kSameButForRounding);
   std::vector<at::Tensor> inputs = layer.parameters();
   inputs.push_back(input);
   const at::Tensor weights = at::randn_like(out);
   const auto actual = gradients(out, inputs, weights);
   const auto reference = gradients(expected, inputs, weights);
+  // Weights of size 1 make scores of some dozens, whose roundings the exponential enlarges: half as
+  // much again as the bound without a factor was seen.
   for (std::size_t index = 0; index < inputs.size(); ++index) {
-    EXPECT_LT(relative_error(actual[index], reference[index]), 9e-6) << "input " << index;
+    EXPECT_LT(relative_error(actual[index], reference[index]), 4.0 * kSameButForRounding)
+        << "input " << index;
   }
 }
 
