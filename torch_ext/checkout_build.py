@@ -160,7 +160,7 @@ def load_checkout(csrc: Path) -> CheckoutBuild:
     record = {**plan.info(), "digest": _digest(plan)}
 
     def built() -> bool:
-        return library.is_file() and cpp_build.read_record(file) == record
+        return cpp_build.read_record(file) == record and cpp_build.is_whole(library)
 
     if built():
         return CheckoutBuild(_import_from(library), library, record)
@@ -175,6 +175,8 @@ def load_checkout(csrc: Path) -> CheckoutBuild:
             if built():  # another process compiled it meanwhile
                 return CheckoutBuild(_import_from(library), library, record)
             file.unlink(missing_ok=True)
+            if not cpp_build.is_whole(library):
+                library.unlink(missing_ok=True)  # or ninja would take it for the newest
             with _fresh_or_finished(folder):
                 module = _compile(plan, folder)
                 cpp_build.write_record(file, record)

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import struct
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -278,6 +279,23 @@ def write_record(file: Path, record: dict[str, Any]) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     unfinished.replace(file)
+
+
+def is_whole(library: Path) -> bool:
+    """Whether a shared library reaches to its end, which an ELF file's header tells: to load one
+    that was cut kills the process (SIGBUS)."""
+    try:
+        with open(library, "rb") as stream:
+            header = stream.read(64)
+            size = os.fstat(stream.fileno()).st_size
+    except OSError:
+        return False
+    if len(header) < 64 or header[:4] != b"\x7fELF":
+        return False
+    # The table of sections comes last: e_shoff, then e_shentsize and e_shnum.
+    (table,) = struct.unpack_from("=Q", header, 40)
+    entry, count = struct.unpack_from("=HH", header, 58)
+    return size >= table + entry * count
 
 
 def limit_jobs() -> None:

@@ -65,6 +65,10 @@ def check_build(info: dict[str, Any]) -> None:
 
 def _load_prebuilt(info: dict[str, Any]) -> NativeLibrary:
     check_build(info)
+    if not cpp_build.is_whole(LIBRARY):
+        raise ImportError(
+            f"torch_ext: the library {LIBRARY} has been cut: rebuild it. {_how_to_rebuild()}"
+        )
     try:
         torch.ops.load_library(LIBRARY)
         module = importlib.import_module("torch_ext._C")

@@ -169,10 +169,21 @@ def test_a_folder_that_cannot_be_written_is_named(checkout: Checkout) -> None:
         assert "Set TORCH_EXTENSIONS_DIR to another folder" in message
 
 
-def test_a_library_that_is_not_whole_is_named(checkout: Checkout) -> None:
+def test_a_library_that_was_cut_means_not_built(checkout: Checkout) -> None:
     checkout.succeed()
     library = checkout.record.parent / "torch_ext_C.so"
-    library.write_bytes(library.read_bytes()[:100])
+    library.write_bytes(library.read_bytes()[:5000])  # loaded, it would kill the process
+    assert "TORCH_EXT_JIT=0 forbids" in checkout.refused(TORCH_EXT_JIT="0")
+    assert "torch_ext: compiled in" in checkout.succeed()
+    assert checkout.succeed(TORCH_EXT_JIT="0") == ""
+
+
+def test_a_library_that_cannot_be_loaded_is_named(checkout: Checkout) -> None:
+    checkout.succeed()
+    library = checkout.record.parent / "torch_ext_C.so"
+    content = bytearray(library.read_bytes())
+    content[4] = 1  # of a 32-bit machine
+    library.write_bytes(content)
     message = checkout.refused()
     assert f"torch_ext: {library} cannot be loaded" in message
     assert f"Delete {library.parent}" in message
