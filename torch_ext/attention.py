@@ -15,10 +15,8 @@ __all__ = [
 ]
 
 _scaled_dot_product_attention = torch.ops.torch_ext.scaled_dot_product_attention.default
-_attention_forward = torch.ops.torch_ext.attention_forward.default
+_attention_with_logsumexp = torch.ops.torch_ext.attention_with_logsumexp.default
 _self_attention = torch.ops.torch_ext.self_attention.default
-
-_SEED_END = torch.iinfo(torch.int64).max
 
 
 def scaled_dot_product_attention(
@@ -102,9 +100,7 @@ def attention_forward(
         RuntimeError: naming the argument, what it takes and what it got.
         NotImplementedError: under forward-mode automatic differentiation.
     """
-    if dropout_p > 0.0 and dropout_seed is None:
-        dropout_seed = torch.randint(_SEED_END, (1,), device=query.device)
-    return _attention_forward(
+    return _attention_with_logsumexp(
         query,
         key,
         value,

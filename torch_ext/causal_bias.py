@@ -18,6 +18,7 @@ from torch import Tensor
 from torch_ext.import_hooks import WhenImported
 from torch_ext.torch_backends import (
     device_is_taken,
+    forward_mode_is_on,
     graph_is_for_others,
     torch_backend_chosen,
 )
@@ -37,6 +38,10 @@ _installed = False
 
 def is_causal_bias(mask: Any) -> bool:
     """Whether a mask is one of torch.nn.attention.bias."""
+    # Asked first: a look into sys.modules becomes a guard of the graph that Dynamo traces, which
+    # fails as soon as the module is imported, by Dynamo itself for one.
+    if type(mask) is Tensor or type(mask) is torch.nn.Parameter:
+        return False
     module = sys.modules.get(_BIAS_MODULE)
     return module is not None and isinstance(mask, module.CausalBias)
 
@@ -82,10 +87,7 @@ def attention(
             f"query's and key's lengths ({q_len}, {kv_len}), got causal_lower_right"
             f"({attn_mask.seq_len_q}, {attn_mask.seq_len_kv})"
         )
-    seed = None
-    if dropout_p > 0.0:
-        seed = torch.randint(torch.iinfo(torch.int64).max, (1,), device=query.device)
-    return torch.ops.torch_ext.attention_forward(
+    return torch.ops.torch_ext.attention_with_logsumexp(
         query,
         key,
         value,
@@ -95,7 +97,6 @@ def attention(
         scale=scale,
         enable_gqa=enable_gqa,
         causal_offset=kv_len - q_len,
-        dropout_seed=seed,
     )[0]
 
 
@@ -119,6 +120,7 @@ def _takes(query: Tensor, key: Tensor, value: Tensor, bias: CausalBias) -> bool:
         and device_is_taken(device)
         and not torch_backend_chosen(device)
         and not graph_is_for_others()
+        and not forward_mode_is_on()
     )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch_ext import _C
 from torch_ext.torch_backends import (
     device_is_taken,
+    forward_mode_is_on,
     graph_is_for_others,
     torch_backend_chosen,
 )
@@ -164,6 +165,8 @@ def _why_torch(
         return "torch: CUDA tensors need enable(cuda=True)" if device == "cuda" else _NO_KERNELS
     if torch_backend_chosen(device):
         return "torch: sdpa_kernel(...) leaves out a backend of this device"
+    if forward_mode_is_on():
+        return "torch: forward-mode automatic differentiation"
     if graph_is_for_others():
         return "torch: the graph is traced or exported to ONNX"
     return None

@@ -8,7 +8,13 @@ import torch
 
 from torch_ext import _C
 
-__all__ = ["device_is_taken", "exports_to_onnx", "graph_is_for_others", "torch_backend_chosen"]
+__all__ = [
+    "device_is_taken",
+    "exports_to_onnx",
+    "forward_mode_is_on",
+    "graph_is_for_others",
+    "torch_backend_chosen",
+]
 
 # Not imported, they export nothing; is_in_onnx_export() imports them.
 _ONNX_EXPORTERS = (
@@ -44,6 +50,11 @@ def exports_to_onnx() -> bool:
     return any(name in sys.modules for name in _ONNX_EXPORTERS) and torch.onnx.is_in_onnx_export()
 
 
+def forward_mode_is_on() -> bool:
+    """Whether forward-mode AD may differentiate through what is called now."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
 def graph_is_for_others() -> bool:
     """Whether the graph being recorded is to run in programs that do not know torch_ext."""
     return torch.jit.is_tracing() or exports_to_onnx()
@@ -52,5 +63,10 @@ def graph_is_for_others() -> bool:
 # Read while torch.compile traces, like everything that decides a graph: a sdpa_kernel(...) context
 # in the traced function is then entered already. The attribute is what
 # torch.compiler.assume_constant_result sets, without importing Dynamo.
-for _question in (torch_backend_chosen, device_is_taken, graph_is_for_others):
+for _question in (
+    torch_backend_chosen,
+    device_is_taken,
+    forward_mode_is_on,
+    graph_is_for_others,
+):
     _question.__dict__["_dynamo_marked_constant"] = True

@@ -5,5 +5,6 @@
 #include "ops/attention/packed_attention.cpp"
 #include "ops/attention/plain_dispatch.cpp"
 #include "ops/attention/scaled_dot_product_attention_composite.cpp"
+#include "ops/attention/seeded_attention.cpp"
 #include "ops/attention/self_attention_composite.cpp"
 #include "ops/attention/vmap_level.cpp"

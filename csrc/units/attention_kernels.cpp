@@ -6,6 +6,7 @@
 #include "ops/attention/attention_dropout_mask_cpu.cpp"
 #include "ops/attention/attention_dropout_mask_meta.cpp"
 #include "ops/attention/attention_forward_cpu.cpp"
+#include "ops/attention/attention_layout.cpp"
 #include "ops/attention/attention_meta.cpp"
 #include "ops/attention/packed_attention_cpu.cpp"
 #include "ops/attention/packed_attention_meta.cpp"

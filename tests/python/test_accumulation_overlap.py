@@ -54,6 +54,20 @@ def test_overlaps() -> None:
     refuses(embedding(weight, torch.tensor([0, 1]), weight[2:]), f"grad_output {overlaps}")
 
 
+def test_two_storages_over_the_same_memory() -> None:
+    """NumPy's views become tensors with storages of their own, which begin where they like."""
+    owned = nonzero(20)
+    array = owned.numpy()
+    whole, middle, end = (torch.from_numpy(part) for part in (array, array[4:12], array[12:]))
+    overlaps = "takes memory of its own, got a tensor that overlaps"
+    refuses(accumulate([whole, middle], [ones(20), ones(8)]), rf"accumulators\[1\] {overlaps}")
+    refuses(accumulate([owned, middle], [ones(20), ones(8)]), rf"accumulators\[1\] {overlaps}")
+    refuses(accumulate([owned[:8]], [middle]), rf"grads\[0\] {overlaps} accumulators\[0\]")
+    refuses(accumulate([middle], [owned[:8]]), rf"grads\[0\] {overlaps} accumulators\[0\]")
+    OPS.grad_accumulate_([middle, end], [ones(8), ones(8)])
+    OPS.grad_accumulate_([owned[:4]], [torch.from_numpy(array[4:8])])
+
+
 def test_interleaved_tensors_do_not_overlap() -> None:
     storage = nonzero(20)
     OPS.grad_accumulate_([storage[::2], storage[1::2]], [ones(10), ones(10)])

@@ -9,6 +9,8 @@ import torch
 from attention_cases import DTYPES, AttentionCase, AttentionTensors, check_case
 from torch import Tensor
 
+import torch_ext
+
 
 def _packed(t: Tensor) -> Tensor:
     """A slice of a projection that holds three of them: (batch, length, 3, heads, dim)."""
@@ -196,12 +198,19 @@ def test_masks_and_grouped_heads_take_no_memory() -> None:
 
 
 def test_output_layout() -> None:
-    """(batch, q_len, heads, dim) in memory, as torch's fused kernel leaves it."""
+    """Query's memory order for every way in; test_attention_strides.py compares with stock."""
     query, key, value = (torch.randn(2, 3, 7, 8) for _ in range(3))
-    op = torch.ops.torch_ext.scaled_dot_product_attention
-    assert op(query, key, value).transpose(1, 2).is_contiguous()
-    assert op(query[0], key[0], value[0]).is_contiguous()
-    assert op(query[None], key[None], value[None]).is_contiguous()
+    for op in (
+        torch_ext.scaled_dot_product_attention,
+        torch.ops.torch_ext.scaled_dot_product_attention,
+        lambda *inputs: torch_ext.attention_forward(*inputs)[0],
+        lambda *inputs: torch.ops.torch_ext.attention_forward(*inputs)[0],
+    ):
+        assert op(query, key, value).is_contiguous()
+        assert op(query[0], key[0], value[0]).is_contiguous()
+        assert op(query[None], key[None], value[None]).is_contiguous()
+        heads_last = query.transpose(1, 2).contiguous().transpose(1, 2)
+        assert op(heads_last, key, value).transpose(1, 2).is_contiguous()
     assert torch.ops.torch_ext.attention_forward(query, key, value)[1].is_contiguous()
 
 

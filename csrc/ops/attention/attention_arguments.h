@@ -30,6 +30,8 @@ struct AttentionArguments {
   bool enable_gqa = false;
   const at::Tensor* key_padding_mask = nullptr;  // broadcastable to (batch..., kv_len)
   const at::Tensor* dropout_seed = nullptr;      // int64, one element; where dropout_p > 0
+  bool contiguous =
+      false;  // memory as torch leaves it without its flash kernel: attention_layout.h
 };
 
 /// Sizes after broadcasting. Int is std::int64_t, or c10::SymInt while shapes are symbolic.
@@ -64,21 +66,6 @@ struct AttentionGeometry {
   Sizes out_sizes() const { return sizes(query_heads, {q_len, value_dim}); }
   Sizes logsumexp_sizes() const { return sizes(query_heads, {q_len}); }
   Sizes score_sizes() const { return sizes(query_heads, {q_len, kv_len}); }
-
-  /// Strides of out. With one batch dimension its memory is (batch, q_len, heads, value_dim), as
-  /// torch's fused kernels leave it, so that merging the heads again is a view; else it is
-  /// contiguous.
-  Sizes out_strides() const {
-    if (rank == 4) {
-      return {q_len * query_heads * value_dim, value_dim, query_heads * value_dim, Int(1)};
-    }
-    const Sizes shape = out_sizes();
-    Sizes strides(shape.size(), Int(1));
-    for (std::size_t dim = shape.size() - 1; dim > 0; --dim) {
-      strides[dim - 1] = strides[dim] * shape[dim];
-    }
-    return strides;
-  }
 };
 
 /// Type of logsumexp, and what the mask's gradient is summed in.

@@ -43,11 +43,11 @@ ForwardResult attention_forward(const at::Tensor& query, const at::Tensor& key,
                                 double dropout_p, bool is_causal, std::optional<double> scale,
                                 bool enable_gqa, c10::SymInt causal_offset,
                                 const OptionalTensor& key_padding_mask,
-                                const OptionalTensor& dropout_seed) {
+                                const OptionalTensor& dropout_seed, bool contiguous) {
   const Casting<kDevice> cast;
   return call_attention_forward(cast(query), cast(key), cast(value), cast(attn_mask), dropout_p,
                                 is_causal, scale, enable_gqa, causal_offset, key_padding_mask,
-                                dropout_seed);
+                                dropout_seed, contiguous);
 }
 
 template <c10::DeviceType kDevice>

@@ -17,10 +17,16 @@ struct AttentionOptions {
   std::optional<double> scale = std::nullopt;
   bool enable_gqa = false;
   c10::SymInt causal_offset = 0;
+  bool contiguous = false;
 
   void save(torch::autograd::AutogradContext& context) const;
   static AttentionOptions load(const torch::autograd::AutogradContext& context);
 };
+
+/// A mask that is no variable, as the backward pass will want it whatever its owner does with it
+/// meanwhile: a copy, which may come from a tensor of inference mode or be followed by a refill in
+/// place. What the mask repeats (strides of 0) is kept once. Undefined where `mask` is null.
+at::Tensor mask_copy(const at::Tensor* mask);
 
 /// A list of tensors of which some may be absent. Saved variables must all be defined to survive
 /// compiled autograd, so absent ones are left out and `present` tells which.

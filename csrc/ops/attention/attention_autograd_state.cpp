@@ -1,6 +1,18 @@
 #include "attention_autograd.h"
+#include "symbolic_sizes.h"
 
 namespace torch_ext {
+
+at::Tensor mask_copy(const at::Tensor* mask) {
+  if (mask == nullptr) return {};
+  at::Tensor once = mask->detach();
+  for (std::int64_t dim = 0; dim < once.dim(); ++dim) {
+    if (is_zero(once.sym_stride(dim)) && TORCH_GUARD_OR_FALSE(once.sym_size(dim).sym_gt(1))) {
+      once = once.narrow(dim, 0, 1);
+    }
+  }
+  return once.clone();
+}
 
 void SparseTensorList::push(const at::Tensor* tensor) {
   if (tensor != nullptr && tensor->defined()) {
@@ -26,6 +38,7 @@ void AttentionOptions::save(torch::autograd::AutogradContext& context) const {
   context.saved_data["scale"] = scale;
   context.saved_data["enable_gqa"] = enable_gqa;
   context.saved_data["causal_offset"] = causal_offset;
+  context.saved_data["contiguous"] = contiguous;
 }
 
 AttentionOptions AttentionOptions::load(const torch::autograd::AutogradContext& context) {
@@ -34,7 +47,8 @@ AttentionOptions AttentionOptions::load(const torch::autograd::AutogradContext& 
           .is_causal = data.at("is_causal").toBool(),
           .scale = data.at("scale").toOptional<double>(),
           .enable_gqa = data.at("enable_gqa").toBool(),
-          .causal_offset = data.at("causal_offset").toSymInt()};
+          .causal_offset = data.at("causal_offset").toSymInt(),
+          .contiguous = data.at("contiguous").toBool()};
 }
 
 }  // namespace torch_ext

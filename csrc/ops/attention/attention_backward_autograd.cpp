@@ -40,11 +40,11 @@ BackwardResult backward_below_autograd(const BackwardTensors& tensors,
                                        const AttentionOptions& options,
                                        std::array<bool, 4> output_mask) {
   const at::AutoDispatchBelowADInplaceOrView guard;
-  return call_attention_backward(tensors.grad_out, tensors.grad_logsumexp, tensors.query,
-                                 tensors.key, tensors.value, tensors.out, tensors.logsumexp,
-                                 tensors.attn_mask, options.dropout_p, options.is_causal,
-                                 options.scale, options.enable_gqa, options.causal_offset,
-                                 tensors.key_padding_mask, tensors.dropout_seed, output_mask);
+  return call_attention_backward(
+      tensors.grad_out, tensors.grad_logsumexp, tensors.query, tensors.key, tensors.value,
+      tensors.out, tensors.logsumexp, tensors.attn_mask, options.dropout_p, options.is_causal,
+      options.scale, options.enable_gqa, options.causal_offset, tensors.key_padding_mask,
+      tensors.dropout_seed, output_mask, options.contiguous);
 }
 
 // Saved, and the first six are the differentiable inputs.
@@ -170,7 +170,7 @@ BackwardResult attention_backward_autograd(
     const at::Tensor& logsumexp, const OptionalTensor& attn_mask, double dropout_p, bool is_causal,
     std::optional<double> scale, bool enable_gqa, c10::SymInt causal_offset,
     const OptionalTensor& key_padding_mask, const OptionalTensor& dropout_seed,
-    std::array<bool, 4> output_mask) {
+    std::array<bool, 4> output_mask, bool contiguous) {
   check_tensor_kind(kBackwardOp, "query", query);
   check_tensor_kind(kBackwardOp, "key", key);
   check_tensor_kind(kBackwardOp, "value", value);
@@ -180,7 +180,8 @@ BackwardResult attention_backward_autograd(
                                  .is_causal = is_causal,
                                  .scale = scale,
                                  .enable_gqa = enable_gqa,
-                                 .causal_offset = std::move(causal_offset)};
+                                 .causal_offset = std::move(causal_offset),
+                                 .contiguous = contiguous};
   const BackwardTensors tensors{
       grad_out,  grad_logsumexp,   query,       key, value, out, logsumexp,
       attn_mask, key_padding_mask, dropout_seed};

@@ -35,10 +35,14 @@ void run_attention_backward_cpu(const AttentionArguments& arguments, std::int64_
   }
   // The kernels read these two as the forward pass writes them: contiguous.
   const c10::MaybeOwned<at::Tensor> logsumexp = gradients.logsumexp.expect_contiguous();
-  c10::MaybeOwned<at::Tensor> grad_logsumexp;
+  at::Tensor grad_logsumexp;
   if (gradients.grad_logsumexp != nullptr) {
-    grad_logsumexp = gradients.grad_logsumexp->expect_contiguous();
+    grad_logsumexp = gradients.grad_logsumexp->to(logsumexp->scalar_type()).contiguous();
   }
+  const at::ScalarType type = arguments.query.scalar_type();
+  const auto grad_out = gradients.grad_out.scalar_type() == type
+                            ? c10::MaybeOwned<at::Tensor>::borrowed(gradients.grad_out)
+                            : c10::MaybeOwned<at::Tensor>::owned(gradients.grad_out.to(type));
   const AttentionBackwardParams params{
       .dtype = kernel_scalar_type(arguments.query.scalar_type()),
       .shape = attention_shape(geometry),
@@ -46,17 +50,17 @@ void run_attention_backward_cpu(const AttentionArguments& arguments, std::int64_
       .key = strided_view(arguments.key),
       .value = strided_view(arguments.value),
       .out = strided_view(gradients.out),
-      .grad_out = strided_view(gradients.grad_out),
+      .grad_out = strided_view(*grad_out),
       .logsumexp = logsumexp->const_data_ptr(),
       .grad_logsumexp =
-          gradients.grad_logsumexp == nullptr ? nullptr : grad_logsumexp->const_data_ptr(),
+          gradients.grad_logsumexp == nullptr ? nullptr : grad_logsumexp.const_data_ptr(),
       .unrounded_grads = outputs.unrounded(arguments.query.scalar_type()),
       .grad_query = wanted_view(outputs.query),
       .grad_key = wanted_view(outputs.key),
       .grad_value = wanted_view(outputs.value),
       .grad_mask = wanted_view(outputs.mask),
       .scale = attention_scale(arguments, geometry.head_dim),
-      .masking = attention_masking(arguments, causal_offset),
+      .masking = attention_masking(arguments, geometry, causal_offset),
       .dropout = attention_dropout(arguments)};
   const KernelTable& table = kernel_table();
   const AtenTaskRunner runner(2 * attention_workers(geometry));
@@ -73,7 +77,7 @@ BackwardResult attention_backward_cpu(
     const at::Tensor& logsumexp, const OptionalTensor& attn_mask, double dropout_p, bool is_causal,
     std::optional<double> scale, bool enable_gqa, std::int64_t causal_offset,
     const OptionalTensor& key_padding_mask, const OptionalTensor& dropout_seed,
-    std::array<bool, 4> output_mask) {
+    std::array<bool, 4> output_mask, bool contiguous) {
   const AttentionArguments arguments{.query = query,
                                      .key = key,
                                      .value = value,
@@ -83,7 +87,8 @@ BackwardResult attention_backward_cpu(
                                      .scale = scale,
                                      .enable_gqa = enable_gqa,
                                      .key_padding_mask = given(key_padding_mask),
-                                     .dropout_seed = given(dropout_seed)};
+                                     .dropout_seed = given(dropout_seed),
+                                     .contiguous = contiguous};
   const AttentionGradients gradients{.grad_out = grad_out,
                                      .grad_logsumexp = given(grad_logsumexp),
                                      .out = out,

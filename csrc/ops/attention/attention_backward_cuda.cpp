@@ -44,34 +44,35 @@ void run_attention_backward_cuda(const AttentionArguments& arguments, std::int64
   }
   // The kernels read these two as the forward pass writes them: contiguous.
   const c10::MaybeOwned<at::Tensor> logsumexp = gradients.logsumexp.expect_contiguous();
-  c10::MaybeOwned<at::Tensor> grad_logsumexp;
+  at::Tensor grad_logsumexp;
   if (gradients.grad_logsumexp != nullptr) {
-    grad_logsumexp = gradients.grad_logsumexp->expect_contiguous();
+    grad_logsumexp = gradients.grad_logsumexp->to(logsumexp->scalar_type()).contiguous();
   }
   const bool allow_tf32 = allows_tf32();
   const at::Tensor query = with_unit_columns(arguments.query, allow_tf32);
   const at::Tensor key = with_unit_columns(arguments.key, allow_tf32);
   const at::Tensor value = with_unit_columns(arguments.value, allow_tf32);
-  const at::Tensor grad_out = with_unit_columns(gradients.grad_out, allow_tf32);
-  const AttentionBackwardParams params{.dtype = kernel_scalar_type(query.scalar_type()),
-                                       .shape = attention_shape(geometry),
-                                       .query = strided_view(query),
-                                       .key = strided_view(key),
-                                       .value = strided_view(value),
-                                       .out = strided_view(gradients.out),
-                                       .grad_out = strided_view(grad_out),
-                                       .logsumexp = logsumexp->const_data_ptr(),
-                                       .grad_logsumexp = gradients.grad_logsumexp == nullptr
-                                                             ? nullptr
-                                                             : grad_logsumexp->const_data_ptr(),
-                                       .unrounded_grads = outputs.unrounded(query.scalar_type()),
-                                       .grad_query = wanted_view(outputs.query),
-                                       .grad_key = wanted_view(outputs.key),
-                                       .grad_value = wanted_view(outputs.value),
-                                       .grad_mask = wanted_view(outputs.mask),
-                                       .scale = attention_scale(arguments, geometry.head_dim),
-                                       .masking = attention_masking(arguments, causal_offset),
-                                       .dropout = attention_dropout(arguments)};
+  const at::Tensor grad_out =
+      with_unit_columns(gradients.grad_out.to(query.scalar_type()), allow_tf32);
+  const AttentionBackwardParams params{
+      .dtype = kernel_scalar_type(query.scalar_type()),
+      .shape = attention_shape(geometry),
+      .query = strided_view(query),
+      .key = strided_view(key),
+      .value = strided_view(value),
+      .out = strided_view(gradients.out),
+      .grad_out = strided_view(grad_out),
+      .logsumexp = logsumexp->const_data_ptr(),
+      .grad_logsumexp =
+          gradients.grad_logsumexp == nullptr ? nullptr : grad_logsumexp.const_data_ptr(),
+      .unrounded_grads = outputs.unrounded(query.scalar_type()),
+      .grad_query = wanted_view(outputs.query),
+      .grad_key = wanted_view(outputs.key),
+      .grad_value = wanted_view(outputs.value),
+      .grad_mask = wanted_view(outputs.mask),
+      .scale = attention_scale(arguments, geometry.head_dim),
+      .masking = attention_masking(arguments, geometry, causal_offset),
+      .dropout = attention_dropout(arguments)};
   const cuda::CudaBackwardSchedule schedule = cuda::schedule_backward(
       params, {.deterministic = at::globalContext().deterministicAlgorithms(),
                .shared_limit = shared_memory_limit(query.device().index()),
@@ -92,7 +93,7 @@ BackwardResult attention_backward_cuda(
     const at::Tensor& logsumexp, const OptionalTensor& attn_mask, double dropout_p, bool is_causal,
     std::optional<double> scale, bool enable_gqa, std::int64_t causal_offset,
     const OptionalTensor& key_padding_mask, const OptionalTensor& dropout_seed,
-    std::array<bool, 4> output_mask) {
+    std::array<bool, 4> output_mask, bool contiguous) {
   const AttentionArguments arguments{.query = query,
                                      .key = key,
                                      .value = value,
@@ -102,7 +103,8 @@ BackwardResult attention_backward_cuda(
                                      .scale = scale,
                                      .enable_gqa = enable_gqa,
                                      .key_padding_mask = given(key_padding_mask),
-                                     .dropout_seed = given(dropout_seed)};
+                                     .dropout_seed = given(dropout_seed),
+                                     .contiguous = contiguous};
   const AttentionGradients gradients{.grad_out = grad_out,
                                      .grad_logsumexp = given(grad_logsumexp),
                                      .out = out,

@@ -1,9 +1,9 @@
 #include "attention_backward_outputs.h"
 
 #include <ATen/ExpandUtils.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
+#include "attention_layout.h"
 #include "symbolic_sizes.h"
 
 namespace torch_ext {
@@ -19,24 +19,16 @@ bool same_sizes(c10::ArrayRef<Int> a, c10::ArrayRef<Int> b) {
   return true;
 }
 
-at::Tensor empty_of(c10::ArrayRef<std::int64_t> sizes, const at::TensorOptions& options) {
-  return at::empty(sizes, options);
-}
-
-at::Tensor empty_of(c10::ArrayRef<c10::SymInt> sizes, const at::TensorOptions& options) {
-  return at::empty_symint(sizes, options);
-}
-
-template <typename Int, typename Sizes>
-at::Tensor gradient_output(const at::Tensor& input, const Sizes& sizes, at::ScalarType type) {
-  const at::TensorOptions options = input.options().dtype(type);
-  if (same_sizes<Int>(sizes_of<Int>(input), sizes)) return at::empty_like(input, options);
-  return empty_of(c10::ArrayRef<Int>(sizes), options);
-}
-
 at::Tensor reduced(const at::Tensor& grad, const at::Tensor& input) {
   if (!grad.defined()) return grad;
-  return at::sum_to(grad, input.sym_sizes()).to(input.scalar_type());
+  const at::ScalarType type = input.scalar_type();
+  // A sum is contiguous; the sum of a transpose (grad_key, see attention_layout.h) stays one.
+  if (grad.dim() >= 3 && input.dim() >= 3 && is_one(grad.sym_stride(-2)) &&
+      !is_one(grad.sym_stride(-1))) {
+    const at::Tensor sum = at::sum_to(grad.transpose(-2, -1), input.transpose(-2, -1).sym_sizes());
+    return sum.to(type).transpose(-2, -1);
+  }
+  return at::sum_to(grad, input.sym_sizes()).to(type);
 }
 
 }  // namespace
@@ -53,14 +45,18 @@ AttentionGradientOutputs attention_gradient_outputs(const AttentionArguments& ar
                         same_sizes<Int>(sizes_of<Int>(key), geometry.key_sizes()) &&
                         same_sizes<Int>(sizes_of<Int>(value), geometry.value_sizes());
   const at::ScalarType type = all_same ? query.scalar_type() : accumulate_type(query.scalar_type());
+  const auto gradient = [&](AttentionTensor input) {
+    return attention_gradient(arguments, geometry, input, type);
+  };
   AttentionGradientOutputs outputs;
-  if (output_mask[0]) outputs.query = gradient_output<Int>(query, geometry.query_sizes(), type);
-  if (output_mask[1]) outputs.key = gradient_output<Int>(key, geometry.key_sizes(), type);
-  if (output_mask[2]) outputs.value = gradient_output<Int>(value, geometry.value_sizes(), type);
+  if (output_mask[0]) outputs.query = gradient(AttentionTensor::kQuery);
+  if (output_mask[1]) outputs.key = gradient(AttentionTensor::kKey);
+  if (output_mask[2]) outputs.value = gradient(AttentionTensor::kValue);
   if (output_mask[3]) {
     const at::Tensor& mask = *arguments.attn_mask;
     outputs.mask =
-        at::empty_like(mask, mask.options().dtype(accumulate_type(arguments.query.scalar_type())));
+        at::empty_like(mask, mask.options().dtype(accumulate_type(arguments.query.scalar_type())),
+                       at::MemoryFormat::Contiguous);
   }
   return outputs;
 }

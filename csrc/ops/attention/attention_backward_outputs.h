@@ -25,8 +25,7 @@ struct AttentionGradientOutputs {
   }
 };
 
-/// Memory order of the inputs, so that views of a packed or transposed projection get their
-/// gradient where it has to go.
+/// In the memory order of attention_layout.h; that of the mask is contiguous, as torch's.
 template <typename Int>
 AttentionGradientOutputs attention_gradient_outputs(const AttentionArguments& arguments,
                                                     std::array<bool, 4> output_mask,

@@ -1,5 +1,6 @@
 #include "attention_call.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "../tensor_params.h"
@@ -17,8 +18,12 @@ AttentionShape attention_shape(const AttentionGeometry<std::int64_t>& geometry) 
 }
 
 AttentionMasking attention_masking(const AttentionArguments& arguments,
+                                   const AttentionGeometry<std::int64_t>& geometry,
                                    std::int64_t causal_offset) {
-  AttentionMasking masking{.is_causal = arguments.is_causal, .causal_offset = causal_offset};
+  // Beyond these two ends nothing changes, and the kernels' sums cannot overflow.
+  AttentionMasking masking{
+      .is_causal = arguments.is_causal,
+      .causal_offset = std::clamp(causal_offset, -geometry.q_len, geometry.kv_len)};
   if (arguments.attn_mask != nullptr) {
     masking.mask_dtype = kernel_scalar_type(arguments.attn_mask->scalar_type());
     masking.kind = masking.mask_dtype == ScalarType::kBool ? AttentionMaskKind::kBoolean
@@ -60,7 +65,7 @@ AttentionForwardParams forward_params(const AttentionArguments& arguments,
           .out = mutable_strided_view(out),
           .logsumexp = logsumexp == nullptr ? nullptr : logsumexp->mutable_data_ptr(),
           .scale = attention_scale(arguments, geometry.head_dim),
-          .masking = attention_masking(arguments, causal_offset),
+          .masking = attention_masking(arguments, geometry, causal_offset),
           .dropout = attention_dropout(arguments)};
 }
 

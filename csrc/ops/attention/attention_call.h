@@ -8,7 +8,9 @@ namespace torch_ext {
 
 /// What both passes share.
 AttentionShape attention_shape(const AttentionGeometry<std::int64_t>& geometry);
-AttentionMasking attention_masking(const AttentionArguments& arguments, std::int64_t causal_offset);
+AttentionMasking attention_masking(const AttentionArguments& arguments,
+                                   const AttentionGeometry<std::int64_t>& geometry,
+                                   std::int64_t causal_offset);
 AttentionDropout attention_dropout(const AttentionArguments& arguments);
 double attention_scale(const AttentionArguments& arguments, std::int64_t head_dim);
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "../tensor_storage.h"
 #include "symbolic_sizes.h"
 
 namespace torch_ext {
@@ -115,6 +116,7 @@ void check_mask(const char* op, const AttentionArguments& arguments,
               query.scalar_type(), ", got ", mask.scalar_type());
   TORCH_CHECK(mask.device() == query.device(), "torch_ext::", op,
               ": attn_mask takes the device of query, ", query.device(), ", got ", mask.device());
+  check_readable(op, "attn_mask", mask);
   TORCH_CHECK(!arguments.is_causal, "torch_ext::", op,
               ": attn_mask takes None when is_causal=True, got a mask of shape ", mask.sym_sizes());
   const auto scores = geometry.score_sizes();
@@ -134,6 +136,7 @@ void check_key_padding_mask(const char* op, const AttentionArguments& arguments,
   TORCH_CHECK(mask.device() == arguments.query.device(), "torch_ext::", op,
               ": key_padding_mask takes the device of query, ", arguments.query.device(), ", got ",
               mask.device());
+  check_readable(op, "key_padding_mask", mask);
   typename AttentionGeometry<Int>::Sizes target;
   for (std::int64_t dim = kMaxBatchDims - geometry.batch_dims(); dim < kMaxBatchDims; ++dim) {
     target.push_back(geometry.batch_sizes[dim]);
@@ -160,6 +163,7 @@ void check_tensor_kind(const char* op, const char* name, const at::Tensor& tenso
               tensor.scalar_type());
   TORCH_CHECK(is_floating(tensor.scalar_type()), "torch_ext::", op, ": ", name,
               " takes Float, Double, BFloat16 or Half, got ", tensor.scalar_type());
+  check_readable(op, name, tensor);
 }
 
 void check_attention_kinds(const char* op, const AttentionArguments& arguments) {
@@ -183,6 +187,7 @@ void check_dropout_seed(const char* op, const at::Tensor* seed, c10::Device devi
               seed->scalar_type(), " of shape ", seed->sym_sizes());
   TORCH_CHECK(seed->device() == device, "torch_ext::", op,
               ": dropout_seed takes the device of query, ", device, ", got ", seed->device());
+  check_readable(op, "dropout_seed", *seed);
 }
 
 void check_score_sizes(const char* op, std::size_t dims) {
@@ -252,13 +257,18 @@ namespace {
 
 template <typename Int, typename Sizes>
 void check_gradient_tensor(const char* op, const char* name, const at::Tensor& tensor,
-                           at::ScalarType dtype, const at::Tensor& query, const char* meaning,
-                           const Sizes& sizes) {
+                           std::optional<at::ScalarType> dtype, const at::Tensor& query,
+                           const char* meaning, const Sizes& sizes) {
   TORCH_CHECK(tensor.defined() && !tensor.is_nested() && tensor.layout() == at::kStrided,
               "torch_ext::", op, ": ", name,
               " takes a dense tensor; nested and sparse ones are not supported");
-  TORCH_CHECK(tensor.scalar_type() == dtype, "torch_ext::", op, ": ", name, " takes ", dtype,
-              ", got ", tensor.scalar_type());
+  if (dtype.has_value()) {
+    TORCH_CHECK(tensor.scalar_type() == *dtype, "torch_ext::", op, ": ", name, " takes ", *dtype,
+                ", got ", tensor.scalar_type());
+  } else {
+    TORCH_CHECK(is_floating(tensor.scalar_type()), "torch_ext::", op, ": ", name,
+                " takes Float, Double, BFloat16 or Half, got ", tensor.scalar_type());
+  }
   TORCH_CHECK(tensor.device() == query.device(), "torch_ext::", op, ": ", name,
               " takes the device of query, ", query.device(), ", got ", tensor.device());
   const auto own = sizes_of<Int>(tensor);
@@ -266,6 +276,7 @@ void check_gradient_tensor(const char* op, const char* name, const at::Tensor& t
   for (std::size_t dim = 0; same && dim < sizes.size(); ++dim) same = equal(own[dim], sizes[dim]);
   TORCH_CHECK(same, "torch_ext::", op, ": ", name, " takes the shape ", meaning, ", ",
               c10::ArrayRef<Int>(sizes), ", got ", tensor.sym_sizes());
+  check_readable(op, name, tensor);
 }
 
 }  // namespace
@@ -280,13 +291,15 @@ void check_attention_gradients(const char* op, const AttentionArguments& argumen
   const auto logsumexp_sizes = geometry.logsumexp_sizes();
   constexpr const char* kOut = "(batch..., heads, q_len, value_dim)";
   constexpr const char* kLogsumexp = "(batch..., heads, q_len)";
-  check_gradient_tensor<Int>(op, "grad_out", gradients.grad_out, dtype, query, kOut, out_sizes);
+  // Compilers send gradients in the type that they computed them in.
+  constexpr std::optional<at::ScalarType> kAnyType = std::nullopt;
+  check_gradient_tensor<Int>(op, "grad_out", gradients.grad_out, kAnyType, query, kOut, out_sizes);
   check_gradient_tensor<Int>(op, "out", gradients.out, dtype, query, kOut, out_sizes);
   check_gradient_tensor<Int>(op, "logsumexp", gradients.logsumexp, accumulate_type(dtype), query,
                              kLogsumexp, logsumexp_sizes);
   if (gradients.grad_logsumexp != nullptr) {
-    check_gradient_tensor<Int>(op, "grad_logsumexp", *gradients.grad_logsumexp,
-                               accumulate_type(dtype), query, kLogsumexp, logsumexp_sizes);
+    check_gradient_tensor<Int>(op, "grad_logsumexp", *gradients.grad_logsumexp, kAnyType, query,
+                               kLogsumexp, logsumexp_sizes);
   }
   TORCH_CHECK(!gradients.output_mask[3] ||
                   (arguments.attn_mask != nullptr && arguments.attn_mask->is_floating_point()),

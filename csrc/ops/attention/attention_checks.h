@@ -41,8 +41,8 @@ extern template void check_attention_options(const char*, const AttentionArgumen
 
 /// What attention_backward() has beside the arguments of the forward pass.
 struct AttentionGradients {
-  const at::Tensor& grad_out;        // as out
-  const at::Tensor* grad_logsumexp;  // as logsumexp, or null
+  const at::Tensor& grad_out;        // as out, of any floating type
+  const at::Tensor* grad_logsumexp;  // as logsumexp, of any floating type, or null
   const at::Tensor& out;             // (batch..., query_heads, q_len, value_dim)
   const at::Tensor& logsumexp;       // (batch..., query_heads, q_len)
   std::array<bool, 4> output_mask;   // of query, key, value, attn_mask

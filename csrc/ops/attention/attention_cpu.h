@@ -15,10 +15,6 @@ void run_attention_forward_cpu(const AttentionArguments& arguments, std::int64_t
 /// How many threads a forward pass is worth.
 std::int64_t attention_workers(const AttentionGeometry<std::int64_t>& geometry);
 
-/// out of checked arguments, allocated as attention_forward() does.
-at::Tensor attention_out_cpu(const AttentionArguments& arguments,
-                             const AttentionGeometry<std::int64_t>& geometry);
-
 void run_attention_backward_cpu(const AttentionArguments& arguments, std::int64_t causal_offset,
                                 const AttentionGradients& gradients,
                                 const AttentionGeometry<std::int64_t>& geometry,

@@ -1,10 +1,12 @@
 // Reverse mode for torch_ext::attention_forward: both outputs are differentiable.
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/_lazy_clone.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "attention_autograd.h"
 #include "attention_checks.h"
+#include "attention_layout.h"
 #include "attention_operators.h"
 #include "functorch_node.h"
 #include "plain_dispatch.h"
@@ -38,11 +40,11 @@ BackwardResult gradients(const variable_list& saved, const variable_list& grads,
     const at::Tensor& out = saved[kOut];
     grad_out = at::zeros({}, out.options()).expand_symint(out.sym_sizes());
   }
-  return call_attention_backward(grad_out, optional(grads[1]), saved[kQuery], saved[kKey],
-                                 saved[kValue], saved[kOut], saved[kLogsumexp],
-                                 optional(saved[kMask]), options.dropout_p, options.is_causal,
-                                 options.scale, options.enable_gqa, options.causal_offset,
-                                 optional(saved[kPadding]), optional(saved[kSeed]), needs_grad);
+  return call_attention_backward(
+      grad_out, optional(grads[1]), saved[kQuery], saved[kKey], saved[kValue], saved[kOut],
+      saved[kLogsumexp], optional(saved[kMask]), options.dropout_p, options.is_causal,
+      options.scale, options.enable_gqa, options.causal_offset, optional(saved[kPadding]),
+      optional(saved[kSeed]), needs_grad, options.contiguous);
 }
 
 ForwardResult forward_below_autograd(const at::Tensor& query, const at::Tensor& key,
@@ -53,17 +55,39 @@ ForwardResult forward_below_autograd(const at::Tensor& query, const at::Tensor& 
   const at::AutoDispatchBelowADInplaceOrView guard;
   return call_attention_forward(query, key, value, attn_mask, options.dropout_p, options.is_causal,
                                 options.scale, options.enable_gqa, options.causal_offset,
-                                key_padding_mask, dropout_seed);
+                                key_padding_mask, dropout_seed, options.contiguous);
 }
 
+/// Whether torch would run its flash kernel, which keeps out and an additive mask as variables.
+bool torch_keeps_variables(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                           const OptionalTensor& attn_mask, const AttentionOptions& options) {
+  const AttentionArguments arguments{.query = query,
+                                     .key = key,
+                                     .value = value,
+                                     .attn_mask = given(attn_mask),
+                                     .dropout_p = options.dropout_p,
+                                     .is_causal = options.is_causal,
+                                     .scale = options.scale,
+                                     .enable_gqa = options.enable_gqa,
+                                     .contiguous = options.contiguous};
+  return is_flash_call(arguments,
+                       check_attention<c10::SymInt>(kForwardOp, arguments, SeedArgument::kDrawnLater));
+}
+
+/// Boolean masks are copies, additive ones too where torch keeps none.
 SparseTensorList saved_tensors(const at::Tensor& query, const at::Tensor& key,
                                const at::Tensor& value, const at::Tensor& out,
                                const at::Tensor& logsumexp, const OptionalTensor& attn_mask,
                                const OptionalTensor& key_padding_mask,
-                               const OptionalTensor& dropout_seed) {
+                               const OptionalTensor& dropout_seed, bool keeps_variables) {
+  const at::Tensor* mask = given(attn_mask);
+  const bool mask_is_kept =
+      mask != nullptr && mask->is_floating_point() && (keeps_variables || mask->requires_grad());
+  const at::Tensor own_mask = mask_is_kept ? *mask : mask_copy(mask);
+  const at::Tensor own_padding = mask_copy(given(key_padding_mask));
   SparseTensorList saved;
-  for (const at::Tensor* tensor : {&query, &key, &value, &out, &logsumexp, given(attn_mask),
-                                   given(key_padding_mask), given(dropout_seed)}) {
+  for (const at::Tensor* tensor :
+       {&query, &key, &value, &out, &logsumexp, &own_mask, &own_padding, given(dropout_seed)}) {
     saved.push(tensor);
   }
   return saved;
@@ -85,8 +109,12 @@ struct AttentionFunction : public torch::autograd::Function<AttentionFunction> {
                                const OptionalTensor& dropout_seed) {
     auto [out, logsumexp] = forward_below_autograd(query, key, value, attn_mask, options,
                                                    key_padding_mask, dropout_seed);
-    const SparseTensorList saved =
-        saved_tensors(query, key, value, out, logsumexp, attn_mask, key_padding_mask, dropout_seed);
+    const bool keeps_variables = torch_keeps_variables(query, key, value, attn_mask, options);
+    // Where torch does not keep out, its owner may write it in place: then, and only then, a lazy
+    // clone becomes a copy.
+    const at::Tensor own_out = !keeps_variables && is_plain_cpu(out) ? at::_lazy_clone(out) : out;
+    const SparseTensorList saved = saved_tensors(query, key, value, own_out, logsumexp, attn_mask,
+                                                 key_padding_mask, dropout_seed, keeps_variables);
     context->save_for_backward(saved.tensors());
     context->saved_data["present"] = saved.present();
     options.save(*context);
@@ -117,7 +145,8 @@ ForwardResult functorch_forward(const at::Tensor& query, const at::Tensor& key,
   auto [out, logsumexp] =
       forward_below_autograd(query, key, value, attn_mask, options, key_padding_mask, dropout_seed);
   const SparseTensorList saved = saved_tensors(query, key, value, out.detach(), logsumexp.detach(),
-                                               attn_mask, key_padding_mask, dropout_seed);
+                                               attn_mask, key_padding_mask, dropout_seed,
+                                               /*keeps_variables=*/false);
   const auto formula = [options, present = saved.present()](
                            const variable_list& tensors, const variable_list& grads,
                            const std::vector<bool>& needs_input_grad) -> variable_list {
@@ -142,7 +171,7 @@ ForwardResult attention_forward_autograd(const at::Tensor& query, const at::Tens
                                          std::optional<double> scale, bool enable_gqa,
                                          c10::SymInt causal_offset,
                                          const OptionalTensor& key_padding_mask,
-                                         const OptionalTensor& dropout_seed) {
+                                         const OptionalTensor& dropout_seed, bool contiguous) {
   check_tensor_kind(kForwardOp, "query", query);
   check_tensor_kind(kForwardOp, "key", key);
   check_tensor_kind(kForwardOp, "value", value);
@@ -151,7 +180,8 @@ ForwardResult attention_forward_autograd(const at::Tensor& query, const at::Tens
                                  .is_causal = is_causal,
                                  .scale = scale,
                                  .enable_gqa = enable_gqa,
-                                 .causal_offset = std::move(causal_offset)};
+                                 .causal_offset = std::move(causal_offset),
+                                 .contiguous = contiguous};
   if (!needs_gradient({&query, &key, &value, given(attn_mask)})) {
     return forward_below_autograd(query, key, value, attn_mask, options, key_padding_mask,
                                   dropout_seed);

@@ -1,6 +1,5 @@
 // torch_ext::attention_forward on the CPU.
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_strided.h>
 #include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
@@ -11,6 +10,7 @@
 #include "attention_call.h"
 #include "attention_checks.h"
 #include "attention_cpu.h"
+#include "attention_layout.h"
 #include "attention_operators.h"
 #include "attention_path.h"
 
@@ -24,11 +24,6 @@ std::int64_t attention_workers(const AttentionGeometry<std::int64_t>& geometry) 
       static_cast<double>(geometry.q_len) * static_cast<double>(geometry.kv_len) *
       static_cast<double>(geometry.head_dim + geometry.value_dim);
   return 1 + static_cast<std::int64_t>(operations / kOperationsPerWorker);
-}
-
-at::Tensor attention_out_cpu(const AttentionArguments& arguments,
-                             const AttentionGeometry<std::int64_t>& geometry) {
-  return at::empty_strided(geometry.out_sizes(), geometry.out_strides(), arguments.query.options());
 }
 
 void run_attention_forward_cpu(const AttentionArguments& arguments, std::int64_t causal_offset,
@@ -55,7 +50,7 @@ ForwardResult attention_forward_cpu(const at::Tensor& query, const at::Tensor& k
                                     double dropout_p, bool is_causal, std::optional<double> scale,
                                     bool enable_gqa, std::int64_t causal_offset,
                                     const OptionalTensor& key_padding_mask,
-                                    const OptionalTensor& dropout_seed) {
+                                    const OptionalTensor& dropout_seed, bool contiguous) {
   const AttentionArguments arguments{.query = query,
                                      .key = key,
                                      .value = value,
@@ -65,10 +60,11 @@ ForwardResult attention_forward_cpu(const at::Tensor& query, const at::Tensor& k
                                      .scale = scale,
                                      .enable_gqa = enable_gqa,
                                      .key_padding_mask = given(key_padding_mask),
-                                     .dropout_seed = given(dropout_seed)};
+                                     .dropout_seed = given(dropout_seed),
+                                     .contiguous = contiguous};
   const auto geometry =
       check_attention<std::int64_t>("attention_forward", arguments, SeedArgument::kRequired);
-  at::Tensor out = attention_out_cpu(arguments, geometry);
+  at::Tensor out = attention_out(arguments, geometry);
   at::Tensor logsumexp = at::empty(geometry.logsumexp_sizes(),
                                    query.options().dtype(accumulate_type(query.scalar_type())));
   run_attention_forward_cpu(arguments, causal_offset, geometry, out, &logsumexp);

@@ -1,6 +1,5 @@
 // torch_ext::attention_forward on CUDA devices.
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_strided.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -13,6 +12,7 @@
 #include "../cuda_float32_precision.h"
 #include "attention_call.h"
 #include "attention_cuda.h"
+#include "attention_layout.h"
 #include "attention_operators.h"
 #include "attention_path.h"
 
@@ -65,7 +65,7 @@ ForwardResult attention_forward_cuda(const at::Tensor& query, const at::Tensor& 
                                      double dropout_p, bool is_causal, std::optional<double> scale,
                                      bool enable_gqa, std::int64_t causal_offset,
                                      const OptionalTensor& key_padding_mask,
-                                     const OptionalTensor& dropout_seed) {
+                                     const OptionalTensor& dropout_seed, bool contiguous) {
   const AttentionArguments arguments{.query = query,
                                      .key = key,
                                      .value = value,
@@ -75,10 +75,11 @@ ForwardResult attention_forward_cuda(const at::Tensor& query, const at::Tensor& 
                                      .scale = scale,
                                      .enable_gqa = enable_gqa,
                                      .key_padding_mask = given(key_padding_mask),
-                                     .dropout_seed = given(dropout_seed)};
+                                     .dropout_seed = given(dropout_seed),
+                                     .contiguous = contiguous};
   const auto geometry =
       check_attention<std::int64_t>("attention_forward", arguments, SeedArgument::kRequired);
-  at::Tensor out = at::empty_strided(geometry.out_sizes(), geometry.out_strides(), query.options());
+  at::Tensor out = attention_out(arguments, geometry);
   at::Tensor logsumexp = at::empty(geometry.logsumexp_sizes(),
                                    query.options().dtype(accumulate_type(query.scalar_type())));
   run_attention_forward_cuda(arguments, causal_offset, geometry, out, &logsumexp);

@@ -1,9 +1,8 @@
 // The public C++ functions.
 #include <torch_ext/attention.h>
 
-#include "attention_checks.h"
 #include "attention_operators.h"
-#include "plain_dispatch.h"
+#include "seeded_attention.h"
 
 namespace torch_ext {
 
@@ -19,24 +18,18 @@ at::Tensor scaled_dot_product_attention(const at::Tensor& query, const at::Tenso
 std::tuple<at::Tensor, at::Tensor> attention_forward(const at::Tensor& query, const at::Tensor& key,
                                                      const at::Tensor& value,
                                                      const AttentionForwardOptions& options) {
-  OptionalTensor seed = options.dropout_seed;
-  if (options.dropout_p > 0.0 && !seed.has_value()) {
-    check_attention<c10::SymInt>("attention_forward",
-                                 {.query = query,
-                                  .key = key,
-                                  .value = value,
-                                  .attn_mask = given(options.attn_mask),
-                                  .dropout_p = options.dropout_p,
-                                  .is_causal = options.is_causal,
-                                  .scale = options.scale,
-                                  .enable_gqa = options.enable_gqa,
-                                  .key_padding_mask = given(options.key_padding_mask)},
-                                 SeedArgument::kDrawnLater);
-    seed = draw_dropout_seed(query);
-  }
-  return call_attention_forward(query, key, value, options.attn_mask, options.dropout_p,
-                                options.is_causal, options.scale, options.enable_gqa,
-                                options.causal_offset, options.key_padding_mask, seed);
+  return seeded_attention_forward("attention_forward",
+                                  {.query = query,
+                                   .key = key,
+                                   .value = value,
+                                   .attn_mask = given(options.attn_mask),
+                                   .dropout_p = options.dropout_p,
+                                   .is_causal = options.is_causal,
+                                   .scale = options.scale,
+                                   .enable_gqa = options.enable_gqa,
+                                   .key_padding_mask = given(options.key_padding_mask),
+                                   .dropout_seed = given(options.dropout_seed)},
+                                  options.causal_offset);
 }
 
 at::Tensor self_attention(const at::Tensor& input, const at::Tensor& in_proj_weight,

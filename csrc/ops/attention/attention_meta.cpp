@@ -1,11 +1,11 @@
 // Shapes, strides and dtypes of attention_forward and attention_backward without data, symbolic
 // sizes included: the same checks as on the devices, and the same strides.
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_strided.h>
 #include <torch/library.h>
 
 #include "attention_backward_outputs.h"
 #include "attention_checks.h"
+#include "attention_layout.h"
 #include "attention_operators.h"
 
 namespace torch_ext {
@@ -16,7 +16,7 @@ ForwardResult attention_forward_meta(const at::Tensor& query, const at::Tensor& 
                                      double dropout_p, bool is_causal, std::optional<double> scale,
                                      bool enable_gqa, c10::SymInt /*causal_offset*/,
                                      const OptionalTensor& key_padding_mask,
-                                     const OptionalTensor& dropout_seed) {
+                                     const OptionalTensor& dropout_seed, bool contiguous) {
   const AttentionArguments arguments{.query = query,
                                      .key = key,
                                      .value = value,
@@ -26,10 +26,11 @@ ForwardResult attention_forward_meta(const at::Tensor& query, const at::Tensor& 
                                      .scale = scale,
                                      .enable_gqa = enable_gqa,
                                      .key_padding_mask = given(key_padding_mask),
-                                     .dropout_seed = given(dropout_seed)};
+                                     .dropout_seed = given(dropout_seed),
+                                     .contiguous = contiguous};
   const auto geometry =
       check_attention<c10::SymInt>("attention_forward", arguments, SeedArgument::kRequired);
-  return {at::empty_strided_symint(geometry.out_sizes(), geometry.out_strides(), query.options()),
+  return {attention_out(arguments, geometry),
           at::empty_symint(geometry.logsumexp_sizes(),
                            query.options().dtype(accumulate_type(query.scalar_type())))};
 }
@@ -40,7 +41,7 @@ BackwardResult attention_backward_meta(
     const at::Tensor& logsumexp, const OptionalTensor& attn_mask, double dropout_p, bool is_causal,
     std::optional<double> scale, bool enable_gqa, c10::SymInt /*causal_offset*/,
     const OptionalTensor& key_padding_mask, const OptionalTensor& dropout_seed,
-    std::array<bool, 4> output_mask) {
+    std::array<bool, 4> output_mask, bool contiguous) {
   const AttentionArguments arguments{.query = query,
                                      .key = key,
                                      .value = value,
@@ -50,7 +51,8 @@ BackwardResult attention_backward_meta(
                                      .scale = scale,
                                      .enable_gqa = enable_gqa,
                                      .key_padding_mask = given(key_padding_mask),
-                                     .dropout_seed = given(dropout_seed)};
+                                     .dropout_seed = given(dropout_seed),
+                                     .contiguous = contiguous};
   const AttentionGradients gradients{.grad_out = grad_out,
                                      .grad_logsumexp = given(grad_logsumexp),
                                      .out = out,

@@ -28,13 +28,13 @@ ForwardResult call_attention_forward(const at::Tensor& query, const at::Tensor& 
                                      double dropout_p, bool is_causal, std::optional<double> scale,
                                      bool enable_gqa, const c10::SymInt& causal_offset,
                                      const OptionalTensor& key_padding_mask,
-                                     const OptionalTensor& dropout_seed) {
+                                     const OptionalTensor& dropout_seed, bool contiguous) {
   using Signature = ForwardResult(const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                   const OptionalTensor&, double, bool, std::optional<double>, bool,
-                                  c10::SymInt, const OptionalTensor&, const OptionalTensor&);
+                                  c10::SymInt, const OptionalTensor&, const OptionalTensor&, bool);
   static const auto op = find<Signature>("torch_ext::attention_forward");
   return op.call(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-                 causal_offset, key_padding_mask, dropout_seed);
+                 causal_offset, key_padding_mask, dropout_seed, contiguous);
 }
 
 BackwardResult call_attention_backward(
@@ -43,16 +43,16 @@ BackwardResult call_attention_backward(
     const at::Tensor& logsumexp, const OptionalTensor& attn_mask, double dropout_p, bool is_causal,
     std::optional<double> scale, bool enable_gqa, const c10::SymInt& causal_offset,
     const OptionalTensor& key_padding_mask, const OptionalTensor& dropout_seed,
-    std::array<bool, 4> output_mask) {
+    std::array<bool, 4> output_mask, bool contiguous) {
   using Signature =
       BackwardResult(const at::Tensor&, const OptionalTensor&, const at::Tensor&, const at::Tensor&,
                      const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&,
                      double, bool, std::optional<double>, bool, c10::SymInt, const OptionalTensor&,
-                     const OptionalTensor&, std::array<bool, 4>);
+                     const OptionalTensor&, std::array<bool, 4>, bool);
   static const auto op = find<Signature>("torch_ext::attention_backward");
   return op.call(grad_out, grad_logsumexp, query, key, value, out, logsumexp, attn_mask, dropout_p,
                  is_causal, scale, enable_gqa, causal_offset, key_padding_mask, dropout_seed,
-                 output_mask);
+                 output_mask, contiguous);
 }
 
 at::Tensor call_attention_dropout_mask(const at::Tensor& dropout_seed, double dropout_p,

@@ -31,7 +31,7 @@ ForwardResult call_attention_forward(const at::Tensor& query, const at::Tensor& 
                                      double dropout_p, bool is_causal, std::optional<double> scale,
                                      bool enable_gqa, const c10::SymInt& causal_offset,
                                      const OptionalTensor& key_padding_mask,
-                                     const OptionalTensor& dropout_seed);
+                                     const OptionalTensor& dropout_seed, bool contiguous);
 
 BackwardResult call_attention_backward(
     const at::Tensor& grad_out, const OptionalTensor& grad_logsumexp, const at::Tensor& query,
@@ -39,7 +39,7 @@ BackwardResult call_attention_backward(
     const at::Tensor& logsumexp, const OptionalTensor& attn_mask, double dropout_p, bool is_causal,
     std::optional<double> scale, bool enable_gqa, const c10::SymInt& causal_offset,
     const OptionalTensor& key_padding_mask, const OptionalTensor& dropout_seed,
-    std::array<bool, 4> output_mask);
+    std::array<bool, 4> output_mask, bool contiguous);
 
 at::Tensor call_attention_dropout_mask(const at::Tensor& dropout_seed, double dropout_p,
                                        c10::SymIntArrayRef sizes);

@@ -21,11 +21,21 @@ TORCH_LIBRARY_FRAGMENT(torch_ext, m) {
       "float dropout_p=0.0, bool is_causal=False, *, Tensor? key_padding_mask=None) -> Tensor",
       seeded);
 
+  // attention_forward() below, which draws its seed where dropout_p > 0 and none is given.
   m.def(
-      "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, "
+      "attention_with_logsumexp(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, "
       "float dropout_p=0.0, bool is_causal=False, *, float? scale=None, bool enable_gqa=False, "
       "SymInt causal_offset=0, Tensor? key_padding_mask=None, Tensor? dropout_seed=None) "
       "-> (Tensor out, Tensor logsumexp)",
+      seeded);
+
+  // contiguous: out and the gradients have the memory order that torch gives them without its flash
+  // kernel, also where that kernel would do.
+  m.def(
+      "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, "
+      "float dropout_p=0.0, bool is_causal=False, *, float? scale=None, bool enable_gqa=False, "
+      "SymInt causal_offset=0, Tensor? key_padding_mask=None, Tensor? dropout_seed=None, "
+      "bool contiguous=False) -> (Tensor out, Tensor logsumexp)",
       pure);
   // output_mask: of query, key, value and attn_mask, which gradients are wanted; the others come
   // back undefined (None). Differentiable with respect to grad_out, grad_logsumexp, query, key,
@@ -35,7 +45,7 @@ TORCH_LIBRARY_FRAGMENT(torch_ext, m) {
       "Tensor value, Tensor out, Tensor logsumexp, Tensor? attn_mask=None, float dropout_p=0.0, "
       "bool is_causal=False, *, float? scale=None, bool enable_gqa=False, SymInt causal_offset=0, "
       "Tensor? key_padding_mask=None, Tensor? dropout_seed=None, "
-      "bool[4] output_mask=[True, True, True, False]) "
+      "bool[4] output_mask=[True, True, True, False], bool contiguous=False) "
       "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask)",
       pure);
   // The weights that a forward pass with this seed keeps, True = keep, as a tensor. sizes:

@@ -121,7 +121,10 @@ at::Tensor excluded_pairs(const SecondOrderInputs& inputs, const Geometry& geome
     const auto options = inputs.query.options().dtype(at::kLong);
     const at::Tensor rows = at::arange(at::Scalar(geometry.q_len), options).unsqueeze(1);
     const at::Tensor cols = at::arange(at::Scalar(geometry.kv_len), options);
-    exclude(cols.gt(rows.add(at::Scalar(inputs.options.causal_offset))));
+    // Clamped as in attention_masking().
+    const c10::SymInt offset =
+        inputs.options.causal_offset.max(-geometry.q_len).min(geometry.kv_len);
+    exclude(cols.gt(rows.add(at::Scalar(offset))));
   }
   return excluded;
 }
@@ -230,7 +233,9 @@ std::vector<at::Tensor> attention_second_order(const SecondOrderInputs& inputs,
 
   std::vector<at::Tensor> result(6);
   if (needs_grad[0]) result[0] = bar_grad_out.to(inputs.grad_out.scalar_type());
-  if (needs_grad[1]) result[1] = bar_grad_logsumexp;
+  if (needs_grad[1] && bar_grad_logsumexp.defined()) {
+    result[1] = bar_grad_logsumexp.to(inputs.grad_logsumexp.scalar_type());
+  }
   if (needs_grad[2]) result[2] = expand.reduce_query(bar_query);
   if (needs_grad[3]) result[3] = expand.reduce_key(bar_key);
   if (needs_grad[4] && bar_value.defined()) result[4] = expand.reduce_value(bar_value);

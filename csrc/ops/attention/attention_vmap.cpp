@@ -40,6 +40,9 @@ std::array<at::Tensor, kOutputs> stack_samples(std::int64_t count, const One& on
   return stacked;
 }
 
+// torch writes attention out as products under vmap.
+constexpr bool kContiguous = true;
+
 /// The dimensions behind the mapped one: at least those of heads, length and head_dim, so that what
 /// lies in front of them is a batch.
 std::int64_t folded_dims(const AttentionGeometry<c10::SymInt>& geometry) {
@@ -55,7 +58,7 @@ ForwardResult attention_forward_vmap(const at::Tensor& query, const at::Tensor& 
                                      double dropout_p, bool is_causal, std::optional<double> scale,
                                      bool enable_gqa, c10::SymInt causal_offset,
                                      const OptionalTensor& key_padding_mask,
-                                     const OptionalTensor& dropout_seed) {
+                                     const OptionalTensor& dropout_seed, bool contiguous) {
   constexpr const char* kOp = "attention_forward";
   const auto geometry = check_attention<c10::SymInt>(kOp,
                                                      {.query = query,
@@ -74,10 +77,10 @@ ForwardResult attention_forward_vmap(const at::Tensor& query, const at::Tensor& 
   if (dropout_p > 0.0 && !level.is_mapped(*dropout_seed)) {
     const auto outputs =
         stack_samples<2>(level.batch_size().guard_int(__FILE__, __LINE__), [&](std::int64_t index) {
-          return call_attention_forward(level.sample(query, index), level.sample(key, index),
-                                        level.sample(value, index), level.sample(attn_mask, index),
-                                        dropout_p, is_causal, scale, enable_gqa, causal_offset,
-                                        level.sample(key_padding_mask, index), dropout_seed);
+          return call_attention_forward(
+              level.sample(query, index), level.sample(key, index), level.sample(value, index),
+              level.sample(attn_mask, index), dropout_p, is_causal, scale, enable_gqa,
+              causal_offset, level.sample(key_padding_mask, index), dropout_seed, contiguous);
         });
     return {level.wrap(outputs[0]), level.wrap(outputs[1])};
   }
@@ -85,7 +88,7 @@ ForwardResult attention_forward_vmap(const at::Tensor& query, const at::Tensor& 
   const auto [out, logsumexp] = call_attention_forward(
       level.fold_expanded(query, dims), level.fold(key, dims), level.fold(value, dims),
       level.fold(attn_mask, dims), dropout_p, is_causal, scale, enable_gqa, causal_offset,
-      level.fold(key_padding_mask, dims - 2), first_seed(level, dropout_seed));
+      level.fold(key_padding_mask, dims - 2), first_seed(level, dropout_seed), kContiguous);
   return {level.wrap(out, geometry.out_sizes()), level.wrap(logsumexp, geometry.logsumexp_sizes())};
 }
 
@@ -95,7 +98,7 @@ BackwardResult attention_backward_vmap(
     const at::Tensor& logsumexp, const OptionalTensor& attn_mask, double dropout_p, bool is_causal,
     std::optional<double> scale, bool enable_gqa, c10::SymInt causal_offset,
     const OptionalTensor& key_padding_mask, const OptionalTensor& dropout_seed,
-    std::array<bool, 4> output_mask) {
+    std::array<bool, 4> output_mask, bool contiguous) {
   constexpr const char* kOp = "attention_backward";
   const AttentionArguments arguments{.query = query,
                                      .key = key,
@@ -126,7 +129,8 @@ BackwardResult attention_backward_vmap(
               level.sample(query, index), level.sample(key, index), level.sample(value, index),
               level.sample(out, index), level.sample(logsumexp, index),
               level.sample(attn_mask, index), dropout_p, is_causal, scale, enable_gqa,
-              causal_offset, level.sample(key_padding_mask, index), dropout_seed, output_mask);
+              causal_offset, level.sample(key_padding_mask, index), dropout_seed, output_mask,
+              contiguous);
         });
     return {level.wrap(grads[0]), level.wrap(grads[1]), level.wrap(grads[2]), level.wrap(grads[3])};
   }
@@ -138,7 +142,7 @@ BackwardResult attention_backward_vmap(
       level.fold_expanded(value, dims), level.fold_expanded(out, dims),
       level.fold_expanded(logsumexp, dims - 1), level.fold_expanded(attn_mask, dims), dropout_p,
       is_causal, scale, enable_gqa, causal_offset, level.fold(key_padding_mask, dims - 2),
-      first_seed(level, dropout_seed), output_mask);
+      first_seed(level, dropout_seed), output_mask, kContiguous);
   return {level.wrap(grad_query, query.sym_sizes()), level.wrap(grad_key, key.sym_sizes()),
           level.wrap(grad_value, value.sym_sizes()),
           output_mask[3] ? level.wrap(grad_mask, attn_mask->sym_sizes()) : grad_mask};

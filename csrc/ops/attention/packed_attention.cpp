@@ -47,9 +47,9 @@ template AttentionGeometry<c10::SymInt> check_packed_qkv(const char*, const at::
                                                          std::int64_t);
 
 void check_packed_out(const char* op, const char* name, const at::Tensor& tensor,
-                      const at::Tensor& qkv) {
+                      const at::Tensor& qkv, bool any_type) {
   check_tensor_kind(op, name, tensor);
-  TORCH_CHECK(tensor.scalar_type() == qkv.scalar_type(), "torch_ext::", op, ": ", name,
+  TORCH_CHECK(any_type || tensor.scalar_type() == qkv.scalar_type(), "torch_ext::", op, ": ", name,
               " takes the dtype of qkv, ", qkv.scalar_type(), ", got ", tensor.scalar_type());
   TORCH_CHECK(tensor.device() == qkv.device(), "torch_ext::", op, ": ", name,
               " takes the device of qkv, ", qkv.device(), ", got ", tensor.device());
@@ -118,7 +118,8 @@ ForwardResult decomposed_packed_forward(const at::Tensor& qkv, std::int64_t num_
   const Parts parts = split_packed(qkv, num_heads);
   auto [out, logsumexp] = call_attention_forward(
       parts.query, parts.key, parts.value, attn_mask, dropout_p, is_causal, /*scale=*/std::nullopt,
-      /*enable_gqa=*/false, /*causal_offset=*/0, key_padding_mask, dropout_seed);
+      /*enable_gqa=*/false, /*causal_offset=*/0, key_padding_mask, dropout_seed,
+      /*contiguous=*/false);
   return {merge_heads(out), logsumexp};
 }
 
@@ -135,7 +136,7 @@ PackedBackwardResult decomposed_packed_backward(
       split_heads(grad_out, num_heads), grad_logsumexp, parts.query, parts.key, parts.value,
       split_heads(out, num_heads), logsumexp, attn_mask, dropout_p, is_causal,
       /*scale=*/std::nullopt, /*enable_gqa=*/false, /*causal_offset=*/0, key_padding_mask,
-      dropout_seed, {wanted, wanted, wanted, output_mask[1]});
+      dropout_seed, {wanted, wanted, wanted, output_mask[1]}, /*contiguous=*/false);
   at::Tensor grad_qkv;
   if (wanted) {
     grad_qkv =

@@ -20,7 +20,7 @@ extern template AttentionGeometry<c10::SymInt> check_packed_qkv(const char*, con
 
 /// (batch, seq, embed) beside qkv (batch, seq, 3 * embed), in its dtype and on its device.
 void check_packed_out(const char* op, const char* name, const at::Tensor& tensor,
-                      const at::Tensor& qkv);
+                      const at::Tensor& qkv, bool any_type);
 
 /// Geometry of self-attention among `num_heads` heads, from checked sizes.
 template <typename Int>

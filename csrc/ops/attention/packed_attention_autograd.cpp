@@ -34,10 +34,16 @@ struct PackedAttentionFunction : public torch::autograd::Function<PackedAttentio
                                const OptionalTensor& dropout_seed) {
     auto [out, logsumexp] = forward_below_autograd(qkv, num_heads, attn_mask, dropout_p, is_causal,
                                                    key_padding_mask, dropout_seed);
+    // As attention_forward() keeps masks.
+    const at::Tensor* mask = given(attn_mask);
+    const bool mask_is_kept =
+        mask != nullptr && mask->is_floating_point() && (dropout_p == 0.0 || mask->requires_grad());
+    const at::Tensor own_mask = mask_is_kept ? *mask : mask_copy(mask);
+    const at::Tensor own_padding = mask_copy(given(key_padding_mask));
     SparseTensorList saved;
     for (const at::Tensor* tensor :
          {&qkv, static_cast<const at::Tensor*>(&out), static_cast<const at::Tensor*>(&logsumexp),
-          given(attn_mask), given(key_padding_mask), given(dropout_seed)}) {
+          &own_mask, &own_padding, given(dropout_seed)}) {
       saved.push(tensor);
     }
     context->save_for_backward(saved.tensors());

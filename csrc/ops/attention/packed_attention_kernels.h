@@ -64,8 +64,8 @@ struct PackedAttentionKernels {
                                        std::array<bool, 2> output_mask) {
     constexpr const char* kOp = "packed_attention_backward";
     const auto geometry = check_packed_qkv<std::int64_t>(kOp, qkv, num_heads);
-    check_packed_out(kOp, "grad_out", grad_out, qkv);
-    check_packed_out(kOp, "out", out, qkv);
+    check_packed_out(kOp, "grad_out", grad_out, qkv, /*any_type=*/true);
+    check_packed_out(kOp, "out", out, qkv, /*any_type=*/false);
     const at::Tensor query = head_view(qkv, 0, geometry);
     const at::Tensor key = head_view(qkv, 1, geometry);
     const at::Tensor value = head_view(qkv, 2, geometry);

@@ -40,8 +40,8 @@ PackedBackwardResult packed_attention_backward_meta(
     std::array<bool, 2> output_mask) {
   constexpr const char* kOp = "packed_attention_backward";
   const auto geometry = check_packed_qkv<c10::SymInt>(kOp, qkv, num_heads);
-  check_packed_out(kOp, "grad_out", grad_out, qkv);
-  check_packed_out(kOp, "out", out, qkv);
+  check_packed_out(kOp, "grad_out", grad_out, qkv, /*any_type=*/true);
+  check_packed_out(kOp, "out", out, qkv, /*any_type=*/false);
   const AttentionArguments arguments{.query = qkv,
                                      .key = qkv,
                                      .value = qkv,

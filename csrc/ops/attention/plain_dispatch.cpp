@@ -3,8 +3,11 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/randint.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/autograd/forward_grad.h>
 
 #include <limits>
+
+#include "functorch_node.h"
 
 namespace torch_ext {
 
@@ -16,25 +19,47 @@ bool needs_gradient(std::initializer_list<const at::Tensor*> tensors) {
   return false;
 }
 
-bool is_plain_cpu_inference(std::initializer_list<const at::Tensor*> tensors) {
+bool is_variable(const at::Tensor* mask) {
+  return mask != nullptr && mask->defined() && mask->requires_grad();
+}
+
+namespace {
+
+/// Whether these keys, with those of modes on this thread, are of dense CPU tensors and autograd.
+bool are_plain(c10::DispatchKeySet keys) {
   constexpr c10::DispatchKeySet kPlain(
       {c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU, c10::DispatchKey::ADInplaceOrView,
        c10::DispatchKey::AutocastCPU, c10::DispatchKey::BackendSelect});
+  const c10::impl::LocalDispatchKeySet local = c10::impl::tls_local_dispatch_key_set();
+  keys = (keys | local.included_) - local.excluded_;
+  // Operator- keeps backend bits, so compare the bits themselves.
+  return (keys.raw_repr() & ~kPlain.raw_repr()) == 0;
+}
+
+bool any_tangent(std::initializer_list<const at::Tensor*> tensors) {
+  for (const at::Tensor* tensor : tensors) {
+    if (tensor != nullptr && tensor->defined() && tensor->_fw_grad(/*level=*/0).defined()) {
+      return true;
+    }
+  }
+  return false;
+}
+
+}  // namespace
+
+bool is_plain_cpu(const at::Tensor& tensor) { return are_plain(tensor.key_set()); }
+
+bool is_plain_cpu_inference(std::initializer_list<const at::Tensor*> tensors) {
   c10::DispatchKeySet keys;
   for (const at::Tensor* tensor : tensors) {
     if (tensor != nullptr && tensor->defined()) keys = keys | tensor->key_set();
   }
-  const c10::impl::LocalDispatchKeySet local = c10::impl::tls_local_dispatch_key_set();
-  keys = (keys | local.included_) - local.excluded_;
-  // Operator- keeps backend bits, so compare the bits themselves.
-  if ((keys.raw_repr() & ~kPlain.raw_repr()) != 0) return false;
-  if (needs_gradient(tensors)) return false;
-  for (const at::Tensor* tensor : tensors) {
-    if (tensor != nullptr && tensor->defined() && tensor->_fw_grad(/*level=*/0).defined()) {
-      return false;
-    }
-  }
-  return true;
+  return are_plain(keys) && !needs_gradient(tensors) && !any_tangent(tensors);
+}
+
+bool may_carry_tangents(std::initializer_list<const at::Tensor*> tensors) {
+  if (any_tangent(tensors)) return true;
+  return in_functorch_transform() && torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr;
 }
 
 at::Tensor draw_dropout_seed(const at::Tensor& like) {

@@ -17,6 +17,17 @@ bool is_plain_cpu_inference(std::initializer_list<const at::Tensor*> tensors);
 /// Whether autograd would record an operation on these.
 bool needs_gradient(std::initializer_list<const at::Tensor*> tensors);
 
+/// Whether a mask requires grad. torch's flash kernel takes none that does, whether its gradient is
+/// wanted or not, which shows in the memory order of out.
+bool is_variable(const at::Tensor* mask);
+
+/// Whether `tensor` is a dense CPU tensor that autograd alone looks at.
+bool is_plain_cpu(const at::Tensor& tensor);
+
+/// Whether forward-mode AD may differentiate through any of `tensors`. Inside a torch.func
+/// transform the tangents may lie below what this call sees: then any dual level counts.
+bool may_carry_tangents(std::initializer_list<const at::Tensor*> tensors);
+
 /// A seed from torch's default generator of `like`'s device: int64, one element.
 at::Tensor draw_dropout_seed(const at::Tensor& like);
 

@@ -8,8 +8,9 @@
 
 #include "attention_checks.h"
 #include "attention_cpu.h"
-#include "attention_operators.h"
+#include "attention_layout.h"
 #include "plain_dispatch.h"
+#include "seeded_attention.h"
 #include "symbolic_sizes.h"
 
 namespace torch_ext {
@@ -29,7 +30,7 @@ bool has_unequal_groups(const at::Tensor& key, const at::Tensor& value) {
 
 at::Tensor attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                      const OptionalTensor& attn_mask, double dropout_p, bool is_causal,
-                     std::optional<double> scale, bool enable_gqa) {
+                     std::optional<double> scale, bool enable_gqa, bool contiguous) {
   const AttentionArguments arguments{.query = query,
                                      .key = key,
                                      .value = value,
@@ -37,26 +38,23 @@ at::Tensor attention(const at::Tensor& query, const at::Tensor& key, const at::T
                                      .dropout_p = dropout_p,
                                      .is_causal = is_causal,
                                      .scale = scale,
-                                     .enable_gqa = enable_gqa};
+                                     .enable_gqa = enable_gqa,
+                                     .contiguous = contiguous};
   if (is_plain_cpu_inference({&query, &key, &value, arguments.attn_mask})) {
     RECORD_FUNCTION("torch_ext::attention_forward", c10::ArrayRef<const c10::IValue>{});
     const auto geometry = check_attention<std::int64_t>(kOp, arguments, SeedArgument::kDrawnLater);
     at::Tensor seed;
     AttentionArguments seeded = arguments;
+    seeded.contiguous = contiguous || is_variable(arguments.attn_mask);
     if (dropout_p > 0.0) {
       seed = draw_dropout_seed(query);
       seeded.dropout_seed = &seed;
     }
-    at::Tensor out = attention_out_cpu(seeded, geometry);
+    at::Tensor out = attention_out(seeded, geometry);
     run_attention_forward_cpu(seeded, /*causal_offset=*/0, geometry, out, /*logsumexp=*/nullptr);
     return out;
   }
-  check_attention<c10::SymInt>(kOp, arguments, SeedArgument::kDrawnLater);
-  OptionalTensor seed;
-  if (dropout_p > 0.0) seed = draw_dropout_seed(query);
-  return std::get<0>(call_attention_forward(query, key, value, attn_mask, dropout_p, is_causal,
-                                            scale, enable_gqa, /*causal_offset=*/0,
-                                            /*key_padding_mask=*/std::nullopt, seed));
+  return std::get<0>(seeded_attention_forward(kOp, arguments, /*causal_offset=*/0));
 }
 
 at::Tensor scaled_dot_product_attention(const at::Tensor& query, const at::Tensor& key,
@@ -69,9 +67,10 @@ at::Tensor scaled_dot_product_attention(const at::Tensor& query, const at::Tenso
     const std::int64_t heads = std::lcm(key_heads, value_heads);
     return attention(query, key.repeat_interleave(heads / key_heads, -3),
                      value.repeat_interleave(heads / value_heads, -3), attn_mask, dropout_p,
-                     is_causal, scale, enable_gqa);
+                     is_causal, scale, enable_gqa, /*contiguous=*/true);
   }
-  return attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa);
+  return attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+                   /*contiguous=*/false);
 }
 
 }  // namespace

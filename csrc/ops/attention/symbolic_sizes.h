@@ -21,12 +21,29 @@ inline c10::ArrayRef<c10::SymInt> sizes_of(const at::Tensor& tensor) {
   return tensor.sym_sizes();
 }
 
+template <typename Int>
+c10::ArrayRef<Int> strides_of(const at::Tensor& tensor);
+template <>
+inline c10::ArrayRef<std::int64_t> strides_of(const at::Tensor& tensor) {
+  return tensor.strides();
+}
+template <>
+inline c10::ArrayRef<c10::SymInt> strides_of(const at::Tensor& tensor) {
+  return tensor.sym_strides();
+}
+
 /// Whether a dimension broadcasts. Data-dependent sizes do not.
 inline bool is_one(std::int64_t size) { return size == 1; }
 inline bool is_one(const c10::SymInt& size) { return TORCH_GUARD_OR_FALSE(size.sym_eq(1)); }
 
 inline bool is_zero(std::int64_t size) { return size == 0; }
 inline bool is_zero(const c10::SymInt& size) { return TORCH_GUARD_OR_FALSE(size.sym_eq(0)); }
+
+/// Whether two sizes are known to be the same.
+inline bool same(std::int64_t a, std::int64_t b) { return a == b; }
+inline bool same(const c10::SymInt& a, const c10::SymInt& b) {
+  return TORCH_GUARD_OR_FALSE(a.sym_eq(b));
+}
 
 /// Whether two sizes have to be the same.
 inline bool equal(std::int64_t a, std::int64_t b) { return a == b; }

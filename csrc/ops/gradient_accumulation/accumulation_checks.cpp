@@ -4,6 +4,7 @@
 #include <utility>
 #include <vector>
 
+#include "../tensor_storage.h"
 #include "accumulation_arguments.h"
 
 namespace torch_ext {
@@ -30,7 +31,7 @@ std::string argument(const char* name, std::size_t index) {
 
 void check_kind(const char* op, const char* name, std::size_t index, const at::Tensor& tensor) {
   if (tensor.defined() && tensor.layout() == at::kStrided && !tensor.is_nested() &&
-      is_floating(tensor)) {
+      is_floating(tensor) && has_readable_memory(tensor)) {
     return;
   }
   const std::string place = argument(name, index);
@@ -45,8 +46,9 @@ void check_kind(const char* op, const char* name, std::size_t index, const at::T
   TORCH_CHECK(!tensor.is_complex(), "torch_ext::", op, ": ", place,
               " takes a real tensor; complex tensors are not supported, got ",
               tensor.scalar_type());
-  TORCH_CHECK(false, "torch_ext::", op, ": ", place, " takes Float, Double, BFloat16 or Half, got ",
-              tensor.scalar_type());
+  TORCH_CHECK(is_floating(tensor), "torch_ext::", op, ": ", place,
+              " takes Float, Double, BFloat16 or Half, got ", tensor.scalar_type());
+  check_readable(op, place, tensor);
 }
 
 void check_device(const char* op, const char* name, std::size_t index, const at::Tensor& tensor,
@@ -232,6 +234,7 @@ void check_embedding_gradient(const at::Tensor& weight, const at::Tensor& indice
                   (indices.scalar_type() == at::kLong || indices.scalar_type() == at::kInt),
               "torch_ext::", kOp, ": indices takes a dense tensor of Long or Int, got ",
               indices.defined() ? c10::toString(indices.scalar_type()) : "none");
+  check_readable(kOp, "indices", indices);
   check_device(kOp, "indices", kNoIndex, indices, weight.device());
   TORCH_CHECK(grad.dim() == indices.dim() + 1 && grad.sym_size(-1) == weight.sym_size(1) &&
                   grad.sym_sizes().slice(0, indices.dim()) == indices.sym_sizes(),

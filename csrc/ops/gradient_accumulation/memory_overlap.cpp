@@ -35,6 +35,10 @@ bool has_memory(const at::Tensor& tensor) {
   return tensor.has_storage() && !tensor.is_meta() && tensor.numel() > 0;
 }
 
+/// Whether torch allocated the storage. Others (NumPy's, mapped files, from_blob) may lie over the
+/// same memory as one of another name.
+bool owns_memory(const at::Tensor& tensor) { return tensor.storage().resizable(); }
+
 /// Marks the bytes of a tensor in a map of [base, base + bytes.size()). False: one was taken.
 bool mark(const at::Tensor& tensor, std::uintptr_t base, std::vector<bool>& bytes) {
   const auto begin = reinterpret_cast<std::uintptr_t>(tensor.const_data_ptr());
@@ -214,12 +218,13 @@ void check_overlap(const char* op, c10::ArrayRef<NamedList> destinations,
       TORCH_CHECK(!overlaps_itself(tensor), "torch_ext::", op, ": ", (Place{&list, i, {}}).name(),
                   " takes a tensor whose elements have places of their own, got strides ",
                   tensor.strides(), " for sizes ", tensor.sizes());
-      apart = storages.add(tensor) && apart;
+      apart = storages.add(tensor) && owns_memory(tensor) && apart;
     }
   }
   for (const NamedList& list : sources) {
     for (const at::Tensor& tensor : list.tensors) {
-      if (has_memory(tensor) && storages.contains(tensor)) apart = false;
+      if (!has_memory(tensor)) continue;
+      if (storages.contains(tensor) || !owns_memory(tensor)) apart = false;
     }
   }
   if (!apart) check_pairs(op, destinations, sources);

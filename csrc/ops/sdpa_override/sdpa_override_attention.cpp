@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "../attention/attention_path.h"
+#include "../attention/plain_dispatch.h"
 #include "../attention/scaled_dot_product_attention_composite.h"
 #include "sdpa_override_kernels.h"
 #include "torch_backend_choice.h"
@@ -25,6 +26,9 @@ const char* why_torch(const at::Tensor& query, const at::Tensor& key, const at::
   if (const at::Tensor* mask = given(attn_mask)) {
     if (mask->is_nested() || mask->layout() != at::kStrided) return kUnsupportedTensor;
     if (mask->device() != query.device()) return kMixedDevices;
+  }
+  if (may_carry_tangents({&query, &key, &value, given(attn_mask)})) {
+    return "torch: forward-mode automatic differentiation";
   }
   return nullptr;
 }
