@@ -12,8 +12,8 @@
 #include <unordered_set>
 #include <utility>
 
+#include "../tensor_storage.h"
 #include "gradient_accumulator_calls.h"
-#include "gradient_accumulator_memory.h"
 
 namespace torch_ext {
 namespace {
@@ -130,7 +130,7 @@ void AccumulatorCore::check_grad(std::size_t index, const at::Tensor& grad) cons
               " takes a tensor on ", params_[index].device(), ", got one on ", grad.device());
   TORCH_CHECK(at::isFloatingType(grad.scalar_type()), kOp, "the gradient of ", name,
               " takes a floating tensor, got ", grad.scalar_type());
-  TORCH_CHECK(has_its_memory(grad), kOp, "the gradient of ", name,
+  TORCH_CHECK(has_readable_memory(grad), kOp, "the gradient of ", name,
               " takes a tensor with memory, got one whose storage was freed");
 }
 

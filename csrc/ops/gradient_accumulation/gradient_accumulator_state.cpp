@@ -17,8 +17,8 @@
 #include <unordered_set>
 #include <utility>
 
+#include "../tensor_storage.h"
 #include "gradient_accumulator_core.h"
-#include "gradient_accumulator_memory.h"
 
 namespace torch_ext {
 namespace {
@@ -42,7 +42,7 @@ class Entry {
                 "' takes a dense tensor, got layout ", tensor_.layout());
     TORCH_CHECK(!tensor_.is_meta(), kLoad, "'", key_,
                 "' takes a tensor with memory, got one on meta");
-    TORCH_CHECK(has_its_memory(tensor_), kLoad, "'", key_,
+    TORCH_CHECK(has_readable_memory(tensor_), kLoad, "'", key_,
                 "' takes a tensor with memory, got one whose storage was freed");
   }
 
