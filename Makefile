@@ -1,5 +1,6 @@
 # make demo     sets everything up and trains a small GPT: stock PyTorch against torch_ext
 # make test     sets everything up and runs all the tests
+# make wheel    a wheel for this torch and this Python, in dist/
 # make build    the library, in place: `import torch_ext` from this folder uses it
 # make bench    attention against torch's own (benchmarks/)
 # make sanitize the torch-free tests under the address and undefined-behaviour sanitizers
@@ -30,7 +31,7 @@ export PATH := $(BIN):$(PATH)
 MAX_JOBS ?= $(shell awk -v cores=$$(nproc) '/MemTotal/ { jobs = int($$2 / 1.6e6); print jobs < 1 ? 1 : jobs < cores ? jobs : cores }' /proc/meminfo)
 export MAX_JOBS
 
-.PHONY: all demo test sanitize check-cuda check-families build bench lint format clean distclean environment
+.PHONY: all wheel demo test sanitize check-cuda check-families build bench lint format clean distclean environment
 all: build
 
 environment: $(READY)
@@ -41,6 +42,9 @@ $(READY): requirements-dev.txt scripts/make_environment.sh
 
 build: $(READY)
 	@BUILD=$(BUILD)/library scripts/build_library.sh
+
+wheel: $(READY)
+	@$(BIN)/python -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .
 
 demo: build
 	@$(BIN)/python -m torch_ext.demo $(ARGS)
@@ -67,7 +71,7 @@ format: $(READY)
 	@scripts/check_style.sh --fix
 
 clean:
-	rm -rf $(BUILD) torch_ext/lib torch_ext/_C*.so torch_ext/include torch_ext/share *.egg-info
+	rm -rf $(BUILD) dist torch_ext/lib torch_ext/_C*.so torch_ext/include torch_ext/share *.egg-info
 
 distclean: clean
 	rm -rf $(CURDIR)/.venv

@@ -14,6 +14,13 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> ways_in.InstalledPack
 
 
 @pytest.fixture(scope="session")
+def wheel(
+    installed: ways_in.InstalledPackage, tmp_path_factory: pytest.TempPathFactory
+) -> ways_in.Wheel:
+    return ways_in.build_wheel(installed, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="session")
 def imported_checkout(tmp_path_factory: pytest.TempPathFactory) -> ways_in.ImportedCheckout:
     return ways_in.import_checkout(tmp_path_factory.mktemp("checkout_import"))
 

@@ -23,6 +23,7 @@ from checkout_copy import (
 class InstalledPackage:
     """What ``pip install`` has put into an environment that has torch."""
 
+    checkout: Path
     python: Path
     package: Path
     environment: dict[str, str]
@@ -32,7 +33,36 @@ class InstalledPackage:
 def pip_install(folder: Path) -> InstalledPackage:
     """``pip install --no-build-isolation .`` into a new environment in ``folder``."""
     checkout = copy_checkout(folder / "checkout")
-    new = folder / "environment"
+    python, site_packages = _new_environment(folder / "environment")
+    environment = build_environment(checkout)
+    install = [python, "-m", "pip", "install", "--no-build-isolation", "--no-index", "--verbose"]
+    done = run_command([*install, "."], checkout, environment)
+    output = done.stdout + done.stderr
+    return InstalledPackage(checkout, python, site_packages / "torch_ext", environment, output)
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A wheel, and an environment that has it and torch."""
+
+    file: Path
+    python: Path
+
+
+def build_wheel(installed: InstalledPackage, folder: Path) -> Wheel:
+    """The command of ``make wheel``, where ``pip install`` has compiled everything already."""
+    pip = [installed.python, "-m", "pip"]
+    options = ["--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", folder / "dist"]
+    run_command([*pip, "wheel", *options, "."], installed.checkout, installed.environment)
+    (file,) = (folder / "dist").iterdir()
+    python, _ = _new_environment(folder / "environment")
+    install = [python, "-m", "pip", "install", "--no-deps", "--no-index", file]
+    run_command(install, folder, installed.environment)
+    return Wheel(file, python)
+
+
+def _new_environment(new: Path) -> tuple[Path, Path]:
+    """Its interpreter and its folder of packages, among which torch and pip are shared ones."""
     venv.create(new, symlinks=True)
     python = new / "bin" / "python"
     places = {"base": str(new), "platbase": str(new)}
@@ -40,11 +70,7 @@ def pip_install(folder: Path) -> InstalledPackage:
     # torch and pip are those of the environment that runs this: gigabytes.
     shared = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     (site_packages / "shared.pth").write_text("".join(f"{path}\n" for path in sorted(shared)))
-    environment = build_environment(checkout)
-    install = [python, "-m", "pip", "install", "--no-build-isolation", "--no-index", "--verbose"]
-    done = run_command([*install, "."], checkout, environment)
-    output = done.stdout + done.stderr
-    return InstalledPackage(python, site_packages / "torch_ext", environment, output)
+    return python, site_packages
 
 
 @dataclass(frozen=True)
