@@ -57,10 +57,13 @@ at::Tensor attention(const at::Tensor& query, const at::Tensor& key, const at::T
   return std::get<0>(seeded_attention_forward(kOp, arguments, /*causal_offset=*/0));
 }
 
-at::Tensor scaled_dot_product_attention(const at::Tensor& query, const at::Tensor& key,
-                                        const at::Tensor& value, const OptionalTensor& attn_mask,
-                                        double dropout_p, bool is_causal,
-                                        std::optional<double> scale, bool enable_gqa) {
+}  // namespace
+
+at::Tensor composite_scaled_dot_product_attention(const at::Tensor& query, const at::Tensor& key,
+                                                  const at::Tensor& value,
+                                                  const OptionalTensor& attn_mask, double dropout_p,
+                                                  bool is_causal, std::optional<double> scale,
+                                                  bool enable_gqa) {
   if (enable_gqa && has_unequal_groups(key, value)) {
     const std::int64_t key_heads = key.size(-3);
     const std::int64_t value_heads = value.size(-3);
@@ -73,29 +76,18 @@ at::Tensor scaled_dot_product_attention(const at::Tensor& query, const at::Tenso
                    /*contiguous=*/false);
 }
 
-}  // namespace
-
-at::Tensor composite_scaled_dot_product_attention(const at::Tensor& query, const at::Tensor& key,
-                                                  const at::Tensor& value,
-                                                  const OptionalTensor& attn_mask, double dropout_p,
-                                                  bool is_causal, std::optional<double> scale,
-                                                  bool enable_gqa) {
-  return scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale,
-                                      enable_gqa);
-}
-
 TORCH_LIBRARY_IMPL(torch_ext, CompositeImplicitAutograd, m) {
-  m.impl(kOp, TORCH_FN(scaled_dot_product_attention));
+  m.impl(kOp, TORCH_FN(composite_scaled_dot_product_attention));
 }
 
 // Nested tensors have a composite key of their own; the checks name them as unsupported.
 TORCH_LIBRARY_IMPL(torch_ext, CompositeImplicitAutogradNestedTensor, m) {
-  m.impl(kOp, TORCH_FN(scaled_dot_product_attention));
+  m.impl(kOp, TORCH_FN(composite_scaled_dot_product_attention));
 }
 
 // vmap takes the composite apart, instead of calling it once for each sample.
 TORCH_LIBRARY_IMPL(torch_ext, FuncTorchBatched, m) {
-  m.impl(kOp, TORCH_FN(scaled_dot_product_attention));
+  m.impl(kOp, TORCH_FN(composite_scaled_dot_product_attention));
 }
 
 }  // namespace torch_ext
