@@ -70,8 +70,8 @@ bool torch_keeps_variables(const at::Tensor& query, const at::Tensor& key, const
                                      .scale = options.scale,
                                      .enable_gqa = options.enable_gqa,
                                      .contiguous = options.contiguous};
-  return is_flash_call(arguments,
-                       check_attention<c10::SymInt>(kForwardOp, arguments, SeedArgument::kDrawnLater));
+  return is_flash_call(
+      arguments, check_attention<c10::SymInt>(kForwardOp, arguments, SeedArgument::kDrawnLater));
 }
 
 /// Boolean masks are copies, additive ones too where torch keeps none.
