@@ -13,10 +13,19 @@ import shutil
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+
+# As in pyproject.toml, which nobody reads in a build without isolation: an older one stops at a
+# license that it cannot read. New environments of Python 3.10 and 3.11 come with 65.
+if int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit(
+        f"torch_ext: building it takes setuptools 77.0.3 or newer, got {setuptools.__version__}:\n"
+        "    pip install --upgrade setuptools ninja"
+    )
 
 try:
     import torch

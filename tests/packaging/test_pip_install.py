@@ -10,6 +10,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 from checkout_copy import ROOT, run_command
 from ways_in import InstalledPackage
@@ -100,6 +101,12 @@ def test_setup_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit, match="pip install --no-build-isolation") as stopped:
         runpy.run_path(str(ROOT / "setup.py"))
     assert "no torch in the environment that builds" in str(stopped.value)
+
+
+def test_setup_with_an_old_setuptools(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setuptools, "__version__", "65.5.0")
+    with pytest.raises(SystemExit, match=r"77\.0\.3 or newer, got 65\.5\.0:\n    pip install"):
+        runpy.run_path(str(ROOT / "setup.py"))
 
 
 def test_cuda_choice_is_checked(installed: InstalledPackage) -> None:
