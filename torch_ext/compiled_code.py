@@ -4,7 +4,8 @@ What a compiled function runs is fixed while it is traced, and nothing that Dyna
 with the dispatcher. So at every change of state (off, on, on for CUDA too), the code compiled in
 the state that ends gets one more guard: that state. Code of all states stays cached side by side,
 and a function that is called in another state is compiled once more, then reused. The caches on
-disk, keyed by a graph that looks the same in all states, get the state into their key.
+disk, keyed by a graph that looks the same in all states, get the state into their key, and a number
+that is raised when the operators' strides change: graphs of an older torch_ext are not taken.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ __all__ = ["compile_lock", "state_changed"]
 State = tuple[bool, bool]
 
 _OFF: State = (False, False)
-_CACHE_KEY_MARKS = {(True, False): "torch_ext", (True, True): "torch_ext_cuda"}
+_CACHE_KEY_MARKS = {(True, False): "torch_ext.2", (True, True): "torch_ext_cuda.2"}
 
 # By csrc/ops/sdpa_override.
 _OVERRIDDEN = (

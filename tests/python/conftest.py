@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 import torch_ext
+
+# Graphs that Inductor kept of an older build expect that build's strides.
+_inductor_cache = tempfile.TemporaryDirectory(prefix="torch_ext-inductor-")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _inductor_cache.name
 
 _CAPABILITIES = ("default", "avx2", "avx512", "avx512_bf16")
 

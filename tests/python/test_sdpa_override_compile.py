@@ -68,7 +68,7 @@ def test_cuda_is_a_state_of_its_own():
             with torch_ext.enabled(on, cuda=cuda):
                 compiled(*inputs)
                 tag = torch.compiler.config.cache_key_tag
-                assert tag == (("torch_ext_cuda" if cuda else "torch_ext") if on else "")
+                assert tag == (("torch_ext_cuda.2" if cuda else "torch_ext.2") if on else "")
     assert counter.frame_count == 3
     assert torch.compiler.config.cache_key_tag == ""
 
@@ -169,13 +169,13 @@ def test_the_cache_key_is_restored_and_keeps_what_the_user_chose():
     config = torch.compiler.config
     assert config.cache_key_tag == ""
     with torch_ext.enabled():
-        assert config.cache_key_tag == "torch_ext"
+        assert config.cache_key_tag == "torch_ext.2"
         with torch_ext.enabled(False):
             assert config.cache_key_tag == ""
     assert config.cache_key_tag == ""
     with config.patch(cache_key_tag="mine"):
         with torch_ext.enabled():
-            assert config.cache_key_tag == "mine+torch_ext"
+            assert config.cache_key_tag == "mine+torch_ext.2"
         assert config.cache_key_tag == "mine"
     assert config.cache_key_tag == ""
 

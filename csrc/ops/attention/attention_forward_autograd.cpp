@@ -2,6 +2,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/_lazy_clone.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/record_function.h>
 #include <torch/library.h>
 
 #include "attention_autograd.h"
@@ -112,7 +113,11 @@ struct AttentionFunction : public torch::autograd::Function<AttentionFunction> {
     const bool keeps_variables = torch_keeps_variables(query, key, value, attn_mask, options);
     // Where torch does not keep out, its owner may write it in place: then, and only then, a lazy
     // clone becomes a copy.
-    const at::Tensor own_out = !keeps_variables && is_plain_cpu(out) ? at::_lazy_clone(out) : out;
+    at::Tensor own_out = out;
+    if (!keeps_variables && is_plain_cpu(out)) {
+      const at::DisableRecordFunctionGuard one_entry_a_call;  // in a profile
+      own_out = at::_lazy_clone(out);
+    }
     const SparseTensorList saved = saved_tensors(query, key, value, own_out, logsumexp, attn_mask,
                                                  key_padding_mask, dropout_seed, keeps_variables);
     context->save_for_backward(saved.tensors());

@@ -34,10 +34,12 @@ struct PackedAttentionFunction : public torch::autograd::Function<PackedAttentio
                                const OptionalTensor& dropout_seed) {
     auto [out, logsumexp] = forward_below_autograd(qkv, num_heads, attn_mask, dropout_p, is_causal,
                                                    key_padding_mask, dropout_seed);
-    // As attention_forward() keeps masks.
+    // As attention_forward() keeps masks. nn.MultiheadAttention merges its masks into a new one, so
+    // that one from inference mode is no variable to torch either.
     const at::Tensor* mask = given(attn_mask);
     const bool mask_is_kept =
-        mask != nullptr && mask->is_floating_point() && (dropout_p == 0.0 || mask->requires_grad());
+        mask != nullptr && mask->is_floating_point() &&
+        (mask->requires_grad() || (dropout_p == 0.0 && !mask->is_inference()));
     const at::Tensor own_mask = mask_is_kept ? *mask : mask_copy(mask);
     const at::Tensor own_padding = mask_copy(given(key_padding_mask));
     SparseTensorList saved;
