@@ -94,6 +94,13 @@ struct BackwardKernel {
   Vec<T> row_dots(const BackwardScratch<Policy>& scratch, std::int64_t batch, std::int64_t head,
                   std::int64_t first) const {
     const AttentionShape& shape = params.shape;
+    if constexpr (Policy::kDepth == 1) {
+      const bool whole = shape.q_len - first >= kLanes && shape.value_dim % kLanes == 0;
+      if (whole && params.dtype == kNativeType<Policy> && params.out.col_stride == 1 &&
+          params.grad_out.col_stride == 1) {
+        return row_dots_in_registers(batch, head, first);
+      }
+    }
     Scalar* const out = scratch.value_panel;  // not yet in use
     Scalar* const grad_out = out + depth_steps<Policy>(shape.value_dim) * kLanes;
     const auto pack = [&](const ConstStridedView& view, Scalar* panel) {
@@ -108,6 +115,32 @@ struct BackwardKernel {
     Vec<T> sum{};
     for (std::int64_t k = 0; k < depth_steps<Policy>(shape.value_dim); ++k) {
       Policy::step(sum, load<Scalar>(grad_out + k * kLanes), load<Scalar>(out + k * kLanes));
+    }
+    return sum;
+  }
+
+  /// The same sums without a panel in between, which took 6% of a backward pass over 128 keys.
+  Vec<T> row_dots_in_registers(std::int64_t batch, std::int64_t head, std::int64_t first) const {
+    const AttentionShape& shape = params.shape;
+    const auto rows_of = [&](const ConstStridedView& view) {
+      return static_cast<const T*>(view.data) + slice_offset(view, shape.batch_sizes, batch, head) +
+             first * view.row_stride;
+    };
+    const T* const out_rows = rows_of(params.out);
+    const T* const grad_rows = rows_of(params.grad_out);
+    Vec<T> sum{};
+    for (std::int64_t column = 0; column < shape.value_dim; column += kLanes) {
+      Vec<T> out[kLanes];
+      Vec<T> grad_out[kLanes];
+#pragma GCC unroll 16
+      for (int lane = 0; lane < kLanes; ++lane) {
+        out[lane] = load<T>(out_rows + lane * params.out.row_stride + column);
+        grad_out[lane] = load<T>(grad_rows + lane * params.grad_out.row_stride + column);
+      }
+      transpose<T>(out);
+      transpose<T>(grad_out);
+#pragma GCC unroll 16
+      for (int k = 0; k < kLanes; ++k) Policy::step(sum, grad_out[k], out[k]);
     }
     return sum;
   }
