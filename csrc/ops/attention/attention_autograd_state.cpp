@@ -1,7 +1,6 @@
-#include "attention_autograd.h"
-
 #include <ATen/record_function.h>
 
+#include "attention_autograd.h"
 #include "symbolic_sizes.h"
 
 namespace torch_ext {
