@@ -64,7 +64,8 @@ def test_an_isolated_build_says_what_to_type(tmp_path: Path) -> None:
     """``pip install .`` makes an environment with setuptools alone, then calls this hook."""
     isolated = tmp_path / "isolated"
     isolated.mkdir()
-    (isolated / "setuptools").symlink_to(Path(setuptools.__file__).parent)
+    for package in ("setuptools", "_distutils_hack"):  # the first imports the second
+        (isolated / package).symlink_to(Path(setuptools.__file__).parent.parent / package)
     hook = (
         f"import sys; sys.path.insert(0, {str(isolated)!r}); from setuptools import build_meta; "
         "build_meta.get_requires_for_build_wheel()"
