@@ -64,8 +64,10 @@ def test_an_isolated_build_says_what_to_type(tmp_path: Path) -> None:
     """``pip install .`` makes an environment with setuptools alone, then calls this hook."""
     isolated = tmp_path / "isolated"
     isolated.mkdir()
-    for package in ("setuptools", "_distutils_hack"):  # the first imports the second
-        (isolated / package).symlink_to(Path(setuptools.__file__).parent.parent / package)
+    packages = Path(setuptools.__file__).parent.parent
+    # setuptools imports _distutils_hack, and reads its version from its metadata.
+    for part in ("setuptools", "_distutils_hack", f"setuptools-{setuptools.__version__}.dist-info"):
+        (isolated / part).symlink_to(packages / part)
     hook = (
         f"import sys; sys.path.insert(0, {str(isolated)!r}); from setuptools import build_meta; "
         "build_meta.get_requires_for_build_wheel()"
