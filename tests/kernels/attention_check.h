@@ -25,9 +25,9 @@ ErrorBound gradient_bound(ScalarType dtype);
 
 /// Expects `actual` within the bound of `expected`. `rounding_scale` is the typical size of the
 /// terms that an element sums up: where they cancel, the error is relative to them instead. NaN and
-/// infinities must be where they are expected. What large scores round to makes every result worse;
-/// beyond the bound an error is compared with those of `others`, results by other orders of the
-/// same operations: at most kErrorFactor times the largest.
+/// infinities must be where they are expected. The rounding of large scores makes every result
+/// worse; beyond the bound an error is compared with those of `others`, results by other orders of
+/// the same operations: at most kErrorFactor times the largest.
 using OtherResults = std::function<std::vector<std::vector<double>>()>;
 inline constexpr double kErrorFactor = 6.0;
 void expect_close(const std::string& what, const std::vector<double>& actual,

@@ -58,7 +58,7 @@ struct BackwardKernel {
     return scratch;
   }
 
-  /// What weights are relative to, and delta = rowsum(grad_out * out) - grad_logsumexp.
+  /// Each row's reference and factor, and delta = rowsum(grad_out * out) - grad_logsumexp.
   void load_rows(const BackwardScratch<Policy>& scratch, std::int64_t batch, std::int64_t kv_head,
                  std::int64_t first_query) const {
     const AttentionShape& shape = params.shape;

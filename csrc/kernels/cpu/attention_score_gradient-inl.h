@@ -45,7 +45,7 @@ struct ScoreBlock {
   typename Policy::Compute* mask_sum;  // where the mask's gradient of (first_query, key 0) goes
 };
 
-/// What natural scores of a block come from; the products lie in scratch.weight.
+/// The inputs of a block's natural scores; the products lie in scratch.weight.
 template <typename Policy>
 struct NaturalScores {
   const AttentionMasking& masking;

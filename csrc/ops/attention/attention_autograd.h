@@ -25,7 +25,7 @@ struct AttentionOptions {
 
 /// A mask that is no variable, as the backward pass will want it whatever its owner does with it
 /// meanwhile: a copy, which may come from a tensor of inference mode or be followed by a refill in
-/// place. What the mask repeats (strides of 0) is kept once. Undefined where `mask` is null.
+/// place. Repeated dimensions (strides of 0) are kept once. Undefined where `mask` is null.
 at::Tensor mask_copy(const at::Tensor* mask);
 
 /// A list of tensors of which some may be absent. Saved variables must all be defined to survive
