@@ -8,6 +8,7 @@
 #include <array>
 #include <cstdint>
 
+#include "attention_extent.h"
 #include "strided_view.h"
 
 namespace torch_ext {
@@ -29,19 +30,34 @@ struct AttentionShape {
 
 enum class AttentionMaskKind : std::uint8_t { kNone, kBoolean, kAdditive };
 
-/// Which (query, key) pairs take part. All that is given applies together.
-struct AttentionMasking {
-  /// (batch, query_heads, q_len, kv_len). kBoolean: bytes, non-zero = attend. kAdditive: added to
-  /// the scaled scores, dtype `mask_dtype`.
+/// (batch, query_heads, q_len, kv_len). kBoolean: bytes, non-zero = attend. kAdditive: added to the
+/// scores.
+struct AttentionMask {
   AttentionMaskKind kind = AttentionMaskKind::kNone;
-  ScalarType mask_dtype = ScalarType::kFloat32;
-  ConstStridedView mask{};
+  ScalarType dtype = ScalarType::kFloat32;  // of an additive one
+  ConstStridedView view{};
+};
+
+/// -slope * |i + offset - j| is added to the score of query i and key j, with the window's offset.
+struct AlibiSlopes {
+  const float* data = nullptr;  // (batch, query_heads); null: none
+  std::array<std::int64_t, kMaxBatchDims> batch_strides{};
+  std::int64_t head_stride = 0;
+};
+
+/// From query . key to the score that softmax takes, in this order: the scale; the soft cap; what
+/// the additive mask and ALiBi add; -inf for pairs that mask, padding or window exclude.
+struct ScoreTransform {
+  double scale = 1.0;
+  double softcap = 0.0;  // > 0: s = softcap * tanh(s / softcap)
+  AttentionMask mask{};
   /// (batch, kv_len) bytes, non-zero = ignore that key, as nn.MultiheadAttention's. Only
   /// batch_strides and col_stride are used; data == nullptr: none.
   ConstStridedView key_padding{};
-  /// Query i attends to keys j <= i + causal_offset: 0 aligns top left, kv_len - q_len lower right.
-  bool is_causal = false;
-  std::int64_t causal_offset = 0;
+  KeyWindow window{};
+  AlibiSlopes alibi{};
+  /// (query_heads) contiguous, of logsumexp's type: one more logit of each row, without a value.
+  const void* sink = nullptr;
 };
 
 struct AttentionDropout {
@@ -50,8 +66,8 @@ struct AttentionDropout {
   const std::int64_t* seed = nullptr;
 };
 
-/// out = softmax(scale * query key^T + mask) value. A row that attends to nothing gives out = 0 and
-/// logsumexp = -inf.
+/// out = softmax(transform(query key^T)) value. A row that attends to nothing gives out = 0 and
+/// logsumexp = -inf, or its sink.
 struct AttentionForwardParams {
   ScalarType dtype = ScalarType::kFloat32;  // of query, key, value, out
   AttentionShape shape{};
@@ -62,8 +78,7 @@ struct AttentionForwardParams {
   /// (batch, query_heads, q_len) contiguous; natural logarithm; float, or double for kFloat64.
   /// May be null.
   void* logsumexp = nullptr;
-  double scale = 1.0;
-  AttentionMasking masking{};
+  ScoreTransform transform{};
   AttentionDropout dropout{};
 };
 
@@ -92,8 +107,10 @@ struct AttentionBackwardParams {
   /// of 0 standing for each dimension that the mask broadcasts (size 1 there). data == nullptr: not
   /// wanted. Its strides are 0 exactly where the mask's are broadcast.
   StridedView grad_mask{};
-  double scale = 1.0;
-  AttentionMasking masking{};
+  /// (batch, query_heads) contiguous, logsumexp's type: summed over the queries. nullptr: not
+  /// wanted.
+  void* grad_sink = nullptr;
+  ScoreTransform transform{};
   AttentionDropout dropout{};
 };
 

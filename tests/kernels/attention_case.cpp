@@ -316,17 +316,18 @@ AttentionProblem AttentionProblem::as_float64() const {
 
 namespace {
 
-AttentionMasking make_masking(const AttentionProblem& problem) {
-  AttentionMasking masking{.kind = problem.spec.mask.kind,
-                           .mask_dtype = problem.mask.type(),
-                           .mask = problem.mask.const_view(),
+ScoreTransform make_transform(const AttentionProblem& problem) {
+  ScoreTransform transform{.scale = problem.scale,
+                           .mask = {.kind = problem.spec.mask.kind,
+                                    .dtype = problem.mask.type(),
+                                    .view = problem.mask.const_view()},
                            .key_padding = problem.key_padding.const_view(),
-                           .is_causal = problem.spec.is_causal,
-                           .causal_offset = problem.spec.causal_offset};
+                           .window = {.right = problem.spec.is_causal ? 0 : kUnbounded,
+                                      .offset = problem.spec.causal_offset}};
   // Only batch_strides and col_stride may be used.
-  masking.key_padding.head_stride = std::int64_t{1} << 40;
-  masking.key_padding.row_stride = std::int64_t{1} << 40;
-  return masking;
+  transform.key_padding.head_stride = std::int64_t{1} << 40;
+  transform.key_padding.row_stride = std::int64_t{1} << 40;
+  return transform;
 }
 
 AttentionDropout make_dropout(const AttentionCase& spec) {
@@ -343,8 +344,7 @@ AttentionForwardParams AttentionProblem::forward_params() const {
           .value = value.const_view(),
           .out = out.view(),
           .logsumexp = logsumexp.view().data,
-          .scale = scale,
-          .masking = make_masking(*this),
+          .transform = make_transform(*this),
           .dropout = make_dropout(spec)};
 }
 
@@ -363,8 +363,7 @@ AttentionBackwardParams AttentionProblem::backward_params() const {
           .grad_key = grad_key.view(),
           .grad_value = grad_value.view(),
           .grad_mask = grad_mask.view(),
-          .scale = scale,
-          .masking = make_masking(*this),
+          .transform = make_transform(*this),
           .dropout = make_dropout(spec)};
 }
 

@@ -132,7 +132,7 @@ class AttentionFarOffsets : public AttentionKernelTest {
     std::unique_ptr<FarTensor> mask, grad_mask, key_padding;
     if (spec.mask.kind != AttentionMaskKind::kNone) {
       mask = std::make_unique<FarTensor>(fresh.mask, strides);
-      forward.masking.mask = backward.masking.mask = mask->const_view();
+      forward.transform.mask.view = backward.transform.mask.view = mask->const_view();
       if (fresh.grad_mask) {
         grad_mask = std::make_unique<FarTensor>(fresh.grad_mask, strides);
         backward.grad_mask = grad_mask->view();
@@ -140,7 +140,7 @@ class AttentionFarOffsets : public AttentionKernelTest {
     }
     if (fresh.key_padding) {
       key_padding = std::make_unique<FarTensor>(fresh.key_padding, strides);
-      forward.masking.key_padding = backward.masking.key_padding = key_padding->const_view();
+      forward.transform.key_padding = backward.transform.key_padding = key_padding->const_view();
     }
 
     GuardedBuffer forward_workspace(kernel().attention_forward_workspace(forward, 1),

@@ -43,7 +43,8 @@ void expect_classes(const AttentionProblem& problem, const MaskMapPlan& plan,
   std::vector<TileClass> map(
       static_cast<std::size_t>(plan.slices * plan.row_tiles * plan.column_tiles),
       static_cast<TileClass>(77));
-  build_mask_map(problem.forward_params().masking, shape, plan, rows_per_query, runner, map.data());
+  build_mask_map(problem.forward_params().transform.mask, shape, plan, rows_per_query, runner,
+                 map.data());
   const std::int64_t rows = shape.q_len * rows_per_query;
   std::vector<bool> seen(static_cast<std::size_t>(plan.slices));
   for (std::int64_t batch = 0; batch < shape.batch(); ++batch) {

@@ -41,10 +41,10 @@ class DeviceAttentionCall {
     add(host.value, shape.kv_heads, shape.kv_len, shape.value_dim, host.dtype);
     add(host.out, shape.query_heads, shape.q_len, shape.value_dim, host.dtype);
     add_stats(host.logsumexp);
-    const AttentionMasking& masking = host.masking;
-    add(masking.mask, shape.query_heads, shape.q_len, shape.kv_len,
-        masking.kind == AttentionMaskKind::kBoolean ? ScalarType::kBool : masking.mask_dtype);
-    ConstStridedView padding = masking.key_padding;  // the other strides are not to be used
+    const AttentionMask& mask = host.transform.mask;
+    add(mask.view, shape.query_heads, shape.q_len, shape.kv_len,
+        mask.kind == AttentionMaskKind::kBoolean ? ScalarType::kBool : mask.dtype);
+    ConstStridedView padding = host.transform.key_padding;  // the other strides are not to be used
     padding.head_stride = padding.row_stride = 0;
     add(padding, 1, 1, shape.kv_len, ScalarType::kBool);
     mirror.add(host.dropout.seed, sizeof(std::int64_t), sizeof(std::int64_t));
@@ -79,8 +79,8 @@ class DeviceAttentionCall {
     move(params.value);
     move(params.out);
     params.logsumexp = mirror.at(params.logsumexp);
-    move(params.masking.mask);
-    move(params.masking.key_padding);
+    move(params.transform.mask.view);
+    move(params.transform.key_padding);
     params.dropout.seed = mirror.at(params.dropout.seed);
   }
 

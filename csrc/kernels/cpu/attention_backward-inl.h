@@ -238,7 +238,7 @@ struct BackwardKernel {
       }
     }
     write_tile(params.grad_key, scratch.grad_key, shape.head_dim, batch, kv_head, first, count,
-               static_cast<T>(params.scale));
+               static_cast<T>(params.transform.scale));
     write_tile(params.grad_value, scratch.grad_value, shape.value_dim, batch, kv_head, first, count,
                static_cast<T>(dropout.scale));
   }
@@ -263,9 +263,9 @@ struct BackwardKernel {
 
   // The first query that sees any key of a chunk.
   std::int64_t first_query_of(std::int64_t chunk) const {
-    if (!params.masking.is_causal) return 0;
-    return min_of(max_of(chunk * plan.chunk_len - params.masking.causal_offset, 0),
-                  params.shape.q_len);
+    const std::int64_t first = chunk * plan.chunk_len;
+    const Range keys{first, first + plan.chunk_len};
+    return queries_of_any(params.transform.window, keys, params.shape.q_len).begin;
   }
 
   T* query_partial(std::int64_t chunk, std::int64_t pair) const {
@@ -316,7 +316,8 @@ struct BackwardKernel {
     const ScalarType type = gradient_type(params);
     for (std::int64_t d = 0; d < shape.head_dim; d += kLanes) {
       store_elements<T>(element_at(view.data, type, offset + d * view.col_stride), type,
-                        view.col_stride, shape.head_dim - d, sum(d) * static_cast<T>(params.scale));
+                        view.col_stride, shape.head_dim - d,
+                        sum(d) * static_cast<T>(params.transform.scale));
     }
   }
 
@@ -354,7 +355,7 @@ static void run_backward(const AttentionBackwardParams& params, const BackwardPl
                          const TaskRunner& runner, char* workspace) {
   TileClass* map = reinterpret_cast<TileClass*>(workspace + plan.mask_map.offset);
   if (plan.mask_map.used) {
-    build_mask_map(params.masking, params.shape, plan.mask_map, 1, runner, map);
+    build_mask_map(params.transform.mask, params.shape, plan.mask_map, 1, runner, map);
   }
   const BackwardKernel<Policy> kernel{params, plan, map, workspace, dropout_state(params.dropout)};
   if (kernel.has_statistics) {

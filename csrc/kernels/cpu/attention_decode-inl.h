@@ -167,24 +167,25 @@ struct DecodeKernel {
 
   void modify_scores(const Row& row, const std::uint8_t* padding, std::int64_t first,
                      std::int64_t count, float* scores) const {
-    const AttentionMasking& masking = base.params.masking;
-    if (masking.kind != AttentionMaskKind::kNone) {
-      const ScalarType type =
-          masking.kind == AttentionMaskKind::kAdditive ? masking.mask_dtype : ScalarType::kBool;
-      const char* mask = element_at(masking.mask.data, type, row.mask_offset);
-      const FloatVector factor = broadcast(masking.kind == AttentionMaskKind::kAdditive
+    const ScoreTransform& transform = base.params.transform;
+    if (transform.mask.kind != AttentionMaskKind::kNone) {
+      const ScalarType type = transform.mask.kind == AttentionMaskKind::kAdditive
+                                  ? transform.mask.dtype
+                                  : ScalarType::kBool;
+      const char* mask = element_at(transform.mask.view.data, type, row.mask_offset);
+      const FloatVector factor = broadcast(transform.mask.kind == AttentionMaskKind::kAdditive
                                                ? static_cast<float>(base.scale_size())
                                                : 1.0f);
       for (std::int64_t key = 0; key < count; key += kLanes) {
         store<float>(scores + key,
                      add_mask<float>(rounded(load<float>(scores + key) * factor),
-                                     load_mask<float>(mask, type, masking.mask.col_stride,
+                                     load_mask<float>(mask, type, transform.mask.view.col_stride,
                                                       first + key, min_of(count - key, kLanes))));
       }
     }
     for (std::int64_t key = 0; key < count; ++key) {
       const bool ignored =
-          (padding != nullptr && padding[(first + key) * masking.key_padding.col_stride]) ||
+          (padding != nullptr && padding[(first + key) * transform.key_padding.col_stride]) ||
           first + key > row.last_key;
       if (ignored) scores[key] = -kInfinity<float>;
     }
@@ -241,7 +242,7 @@ struct DecodeKernel {
     const AttentionForwardParams& params = base.params;
     const ForwardPlan& plan = base.plan;
     const AttentionShape& shape = params.shape;
-    const AttentionMasking& masking = params.masking;
+    const ScoreTransform& transform = params.transform;
     const std::int64_t batch = pair / shape.kv_heads;
     const std::int64_t kv_head = pair % shape.kv_heads;
     const std::int64_t heads = base.group();
@@ -265,12 +266,11 @@ struct DecodeKernel {
                          row.query * params.query.row_stride;
       row.out_offset = slice_offset(params.out, shape.batch_sizes, batch, head) +
                        row.query * params.out.row_stride;
-      row.mask_offset = masking.kind == AttentionMaskKind::kNone
+      row.mask_offset = transform.mask.kind == AttentionMaskKind::kNone
                             ? 0
-                            : slice_offset(masking.mask, shape.batch_sizes, batch, head) +
-                                  row.query * masking.mask.row_stride;
-      row.last_key = masking.is_causal ? min_of(row.query + masking.causal_offset, shape.kv_len - 1)
-                                       : shape.kv_len - 1;
+                            : slice_offset(transform.mask.view, shape.batch_sizes, batch, head) +
+                                  row.query * transform.mask.view.row_stride;
+      row.last_key = keys_of(transform.window, row.query, shape.kv_len).end - 1;
       row.maximum = row.reference = -kInfinity<float>;
       row.sum = 0.0f;
       kv_end = max_of(kv_end, row.last_key + 1);
@@ -280,16 +280,16 @@ struct DecodeKernel {
             load_elements<float>(element_at(params.query.data, params.dtype,
                                             row.query_offset + d * params.query.col_stride),
                                  params.dtype, params.query.col_stride, shape.head_dim - d) *
-                (params.scale < 0.0 ? -1.0f : 1.0f));
+                (params.transform.scale < 0.0 ? -1.0f : 1.0f));
       }
       for (std::int64_t d = 0; d < value_padded; d += kLanes) {
         store<float>(out + r * value_padded + d, FloatVector{});
       }
     }
     const std::uint8_t* padding = nullptr;
-    if (masking.key_padding.data != nullptr) {
-      padding = static_cast<const std::uint8_t*>(masking.key_padding.data) +
-                slice_offset(masking.key_padding, shape.batch_sizes, batch, 0);
+    if (transform.key_padding.data != nullptr) {
+      padding = static_cast<const std::uint8_t*>(transform.key_padding.data) +
+                slice_offset(transform.key_padding, shape.batch_sizes, batch, 0);
     }
     const char* keys = element_at(params.key.data, params.dtype,
                                   slice_offset(params.key, shape.batch_sizes, batch, kv_head));
@@ -299,8 +299,8 @@ struct DecodeKernel {
         plan.mask_map.used ? mask_map_slice(plan.mask_map, shape, batch, kv_head) : 0;
     const std::int64_t kv_begin = split * plan.kv_split_len;
     kv_end = min_of(kv_end, kv_begin + plan.kv_split_len);
-    const bool modified = masking.kind != AttentionMaskKind::kNone || masking.is_causal ||
-                          masking.key_padding.data != nullptr;
+    const bool modified = transform.mask.kind != AttentionMaskKind::kNone ||
+                          transform.window.bounds_right() || transform.key_padding.data != nullptr;
     for (std::int64_t first = kv_begin; first < kv_end; first += plan.kv_block) {
       const std::int64_t count = min_of(plan.kv_block, kv_end - first);
       if (plan.mask_map.used &&
@@ -308,8 +308,8 @@ struct DecodeKernel {
               TileClass::kEmpty) {
         continue;
       }
-      if (padding != nullptr && classify_key_padding(padding, masking.key_padding.col_stride, first,
-                                                     count) == TileClass::kEmpty) {
+      if (padding != nullptr && classify_key_padding(padding, transform.key_padding.col_stride,
+                                                     first, count) == TileClass::kEmpty) {
         continue;
       }
       dot_products(query, query_padded, keys + first * params.key.row_stride * kElement,
@@ -370,7 +370,8 @@ static void run_decode(const AttentionForwardParams& params, const ForwardPlan& 
                        const TaskRunner& runner, char* workspace) {
   TileClass* map = reinterpret_cast<TileClass*>(workspace + plan.mask_map.offset);
   if (plan.mask_map.used) {
-    build_mask_map(params.masking, params.shape, plan.mask_map, params.shape.group(), runner, map);
+    build_mask_map(params.transform.mask, params.shape, plan.mask_map, params.shape.group(), runner,
+                   map);
   }
   const ForwardKernel<FloatContraction> base{params, plan, map, workspace,
                                              dropout_state(params.dropout)};

@@ -27,12 +27,14 @@ struct ForwardKernel {
   const TileClass* mask_map;
   char* workspace;
   DropoutState dropout;
-  ScoreDomain<T> domain =
-      ScoreDomain<T>::of(params.masking.kind == AttentionMaskKind::kAdditive ? 1.0 : scale_size());
+  ScoreDomain<T> domain = ScoreDomain<T>::of(
+      params.transform.mask.kind == AttentionMaskKind::kAdditive ? 1.0 : scale_size());
   KeySplits<Policy> splits{params, plan, workspace, dropout, domain};
 
   /// Of the scale; its sign goes with the queries.
-  double scale_size() const { return params.scale < 0.0 ? -params.scale : params.scale; }
+  double scale_size() const {
+    return params.transform.scale < 0.0 ? -params.transform.scale : params.transform.scale;
+  }
 
   std::int64_t group() const { return params.shape.query_heads / params.shape.kv_heads; }
 
@@ -54,7 +56,7 @@ struct ForwardKernel {
   void load_tile(QueryTile<Policy>& tile, std::int64_t batch, std::int64_t kv_head,
                  std::int64_t first_row, std::int64_t rows) const {
     const AttentionShape& shape = params.shape;
-    const AttentionMasking& masking = params.masking;
+    const ScoreTransform& transform = params.transform;
     const std::int64_t heads = group();
     const std::int64_t first_head = kv_head * heads;
     tile.count = min_of(rows - first_row, kSubTile);
@@ -65,9 +67,9 @@ struct ForwardKernel {
         slice_offset(params.query, shape.batch_sizes, batch, first_head);
     const std::int64_t out_base = slice_offset(params.out, shape.batch_sizes, batch, first_head);
     const std::int64_t mask_base =
-        masking.kind == AttentionMaskKind::kNone
+        transform.mask.kind == AttentionMaskKind::kNone
             ? 0
-            : slice_offset(masking.mask, shape.batch_sizes, batch, first_head);
+            : slice_offset(transform.mask.view, shape.batch_sizes, batch, first_head);
     std::int64_t query = first_row / heads;
     std::int64_t head = first_row % heads;
     for (int lane = 0; lane < tile.vectors * kLanes; ++lane) {
@@ -76,28 +78,25 @@ struct ForwardKernel {
           query_base + head * params.query.head_stride + query * params.query.row_stride;
       tile.out_offset[lane] =
           out_base + head * params.out.head_stride + query * params.out.row_stride;
-      tile.mask_offset[lane] =
-          mask_base + head * masking.mask.head_stride + query * masking.mask.row_stride;
+      tile.mask_offset[lane] = mask_base + head * transform.mask.view.head_stride +
+                               query * transform.mask.view.row_stride;
       tile.query[lane] = static_cast<std::uint32_t>(query);
       tile.slice[lane] = static_cast<std::uint32_t>(batch * shape.query_heads + first_head + head);
-      const std::int64_t last_key = query + masking.causal_offset;
-      tile.last_key[lane] = static_cast<Int>(max_of(min_of(last_key, shape.kv_len), -1));
+      tile.last_key[lane] =
+          static_cast<Int>(keys_of(transform.window, query, shape.kv_len).end - 1);
       if (lane + 1 < tile.count && ++head == heads) {
         head = 0;
         ++query;
       }
     }
-    tile.first_allowed_end = tile.last_allowed_end = shape.kv_len;
-    if (masking.is_causal) {
-      tile.first_allowed_end = tile.last_key[0] + 1;
-      tile.last_allowed_end = min_of(tile.last_key[tile.count - 1] + 1, shape.kv_len);
-    }
+    tile.first_allowed_end = tile.last_key[0] + 1;
+    tile.last_allowed_end = tile.last_key[tile.count - 1] + 1;
     for (int vector = 0; vector < tile.vectors; ++vector) {
       const std::int64_t* offsets = tile.query_offset + vector * kLanes;
       pack_lanes<Policy>(
           params.query.data, params.dtype, params.query.col_stride, tile.count - vector * kLanes,
-          shape.head_dim, [offsets](int lane) { return offsets[lane]; }, params.scale < 0.0,
-          tile.panel + vector * kLanes, tile.vectors * kLanes);
+          shape.head_dim, [offsets](int lane) { return offsets[lane]; },
+          params.transform.scale < 0.0, tile.panel + vector * kLanes, tile.vectors * kLanes);
     }
   }
 
@@ -113,21 +112,23 @@ struct ForwardKernel {
   /// The modifiers that a tile needs.
   void modify_scores(T* scores, const QueryTile<Policy>& tile, const KeyBlock<Policy>& block,
                      TileClass mask, bool diagonal) const {
-    const AttentionMasking& masking = params.masking;
+    const ScoreTransform& transform = params.transform;
     const int stride = tile.vectors * kLanes;
-    const bool additive = masking.kind == AttentionMaskKind::kAdditive;
+    const bool additive = transform.mask.kind == AttentionMaskKind::kAdditive;
     if (additive || mask == TileClass::kMixed) {
-      const ScalarType type = additive ? masking.mask_dtype : ScalarType::kBool;
-      const bool uniform =
-          masking.mask.row_stride == 0 && (masking.mask.head_stride == 0 || group() == 1);
-      add_mask_transposed<T>(
-          scores, stride, block.count, tile.vectors, block.first, type, masking.mask.col_stride,
-          uniform, static_cast<T>(additive ? scale_size() : 1.0),
-          [&](int lane) { return element_at(masking.mask.data, type, tile.mask_offset[lane]); });
+      const ScalarType type = additive ? transform.mask.dtype : ScalarType::kBool;
+      const bool uniform = transform.mask.view.row_stride == 0 &&
+                           (transform.mask.view.head_stride == 0 || group() == 1);
+      add_mask_transposed<T>(scores, stride, block.count, tile.vectors, block.first, type,
+                             transform.mask.view.col_stride, uniform,
+                             static_cast<T>(additive ? scale_size() : 1.0), [&](int lane) {
+                               return element_at(transform.mask.view.data, type,
+                                                 tile.mask_offset[lane]);
+                             });
     }
     if (block.padding == TileClass::kMixed) {
       for (std::int64_t key = 0; key < block.count; ++key) {
-        if (!block.padding_bytes[(block.first + key) * masking.key_padding.col_stride]) continue;
+        if (!block.padding_bytes[(block.first + key) * transform.key_padding.col_stride]) continue;
         for (int vector = 0; vector < tile.vectors; ++vector) {
           store<T>(scores + key * stride + vector * kLanes, broadcast(-kInfinity<T>));
         }
@@ -148,7 +149,7 @@ struct ForwardKernel {
                                            (shape.head_dim + Policy::kDepth - 1) / Policy::kDepth,
                                            block.key, tile.panel, kStride, scores, kStride);
     const bool modified = diagonal || mask == TileClass::kMixed ||
-                          params.masking.kind == AttentionMaskKind::kAdditive ||
+                          params.transform.mask.kind == AttentionMaskKind::kAdditive ||
                           block.padding == TileClass::kMixed;
     if (modified) {
       modify_scores(scores, tile, block, mask, diagonal);
@@ -207,7 +208,7 @@ struct ForwardKernel {
 
   void run_task(int worker, std::int64_t pair, std::int64_t row_tile, std::int64_t split) const {
     const AttentionShape& shape = params.shape;
-    const AttentionMasking& masking = params.masking;
+    const ScoreTransform& transform = params.transform;
     const std::int64_t batch = pair / shape.kv_heads;
     const std::int64_t kv_head = pair % shape.kv_heads;
     const std::int64_t map_slice =
@@ -240,9 +241,9 @@ struct ForwardKernel {
     const std::int64_t key_base = slice_offset(params.key, shape.batch_sizes, batch, kv_head);
     const std::int64_t value_base = slice_offset(params.value, shape.batch_sizes, batch, kv_head);
     const std::uint8_t* padding = nullptr;
-    if (masking.key_padding.data != nullptr) {
-      padding = static_cast<const std::uint8_t*>(masking.key_padding.data) +
-                slice_offset(masking.key_padding, shape.batch_sizes, batch, 0);
+    if (transform.key_padding.data != nullptr) {
+      padding = static_cast<const std::uint8_t*>(transform.key_padding.data) +
+                slice_offset(transform.key_padding, shape.batch_sizes, batch, 0);
     }
     for (std::int64_t first = kv_begin; first < kv_end; first += plan.kv_block) {
       KeyBlock<Policy> block{};
@@ -252,7 +253,7 @@ struct ForwardKernel {
       block.padding =
           padding == nullptr
               ? TileClass::kFull
-              : classify_key_padding(padding, masking.key_padding.col_stride, first, block.count);
+              : classify_key_padding(padding, transform.key_padding.col_stride, first, block.count);
       if (block.padding == TileClass::kEmpty) continue;
       bool staged = false;
       for (int t = 0; t < num_tiles; ++t) {
@@ -333,7 +334,8 @@ static void run_forward(const AttentionForwardParams& params, const ForwardPlan&
                         const TaskRunner& runner, char* workspace) {
   TileClass* map = reinterpret_cast<TileClass*>(workspace + plan.mask_map.offset);
   if (plan.mask_map.used) {
-    build_mask_map(params.masking, params.shape, plan.mask_map, params.shape.group(), runner, map);
+    build_mask_map(params.transform.mask, params.shape, plan.mask_map, params.shape.group(), runner,
+                   map);
   }
   ForwardKernel<Policy> kernel{params, plan, map, workspace, dropout_state(params.dropout)};
   run_tasks(runner, plan.pairs * plan.row_tiles * plan.kv_splits,

@@ -27,16 +27,16 @@ std::uint8_t scan(const std::uint8_t* bytes, std::int64_t stride, std::int64_t c
 }
 
 // Offset of the first head of a slice: the varying dimensions are the digits of the slice index.
-std::int64_t slice_data_offset(const AttentionMasking& masking, const AttentionShape& shape,
+std::int64_t slice_data_offset(const AttentionMask& mask, const AttentionShape& shape,
                                const MaskMapPlan& plan, std::int64_t slice) {
   std::int64_t offset = 0;
   if (plan.head_varies) {
-    offset += slice % shape.kv_heads * shape.group() * masking.mask.head_stride;
+    offset += slice % shape.kv_heads * shape.group() * mask.view.head_stride;
     slice /= shape.kv_heads;
   }
   for (int dim = kMaxBatchDims - 1; dim >= 0; --dim) {
     if (!plan.batch_varies[dim]) continue;
-    offset += slice % shape.batch_sizes[dim] * masking.mask.batch_strides[dim];
+    offset += slice % shape.batch_sizes[dim] * mask.view.batch_strides[dim];
     slice /= shape.batch_sizes[dim];
   }
   return offset;
@@ -62,10 +62,9 @@ std::int64_t mask_map_slice(const MaskMapPlan& plan, const AttentionShape& shape
   return slice;
 }
 
-void build_mask_map(const AttentionMasking& masking, const AttentionShape& shape,
-                    const MaskMapPlan& plan, std::int64_t rows_per_query, const TaskRunner& runner,
-                    TileClass* map) {
-  const auto* data = static_cast<const std::uint8_t*>(masking.mask.data);
+void build_mask_map(const AttentionMask& mask, const AttentionShape& shape, const MaskMapPlan& plan,
+                    std::int64_t rows_per_query, const TaskRunner& runner, TileClass* map) {
+  const auto* data = static_cast<const std::uint8_t*>(mask.view.data);
   const std::int64_t heads = plan.head_varies ? shape.group() : 1;
   run_tasks(runner, plan.slices * plan.row_tiles, [&](int, std::int64_t task) {
     const std::int64_t slice = task / plan.row_tiles;
@@ -73,18 +72,18 @@ void build_mask_map(const AttentionMasking& masking, const AttentionShape& shape
     std::int64_t first = tile * plan.row_tile / rows_per_query;
     std::int64_t last =
         std::min(((tile + 1) * plan.row_tile - 1) / rows_per_query, shape.q_len - 1);
-    if (masking.mask.row_stride == 0) first = last = 0;
+    if (mask.view.row_stride == 0) first = last = 0;
     TileClass* classes = map + task * plan.column_tiles;
     auto* bits = reinterpret_cast<std::uint8_t*>(classes);
     std::fill_n(bits, plan.column_tiles, std::uint8_t{0});
-    const std::uint8_t* base = data + slice_data_offset(masking, shape, plan, slice);
+    const std::uint8_t* base = data + slice_data_offset(mask, shape, plan, slice);
     for (std::int64_t head = 0; head < heads; ++head) {
       for (std::int64_t query = first; query <= last; ++query) {
         const std::uint8_t* row =
-            base + head * masking.mask.head_stride + query * masking.mask.row_stride;
+            base + head * mask.view.head_stride + query * mask.view.row_stride;
         for (std::int64_t column = 0; column < plan.column_tiles; ++column) {
           const std::int64_t key = column * plan.column_tile;
-          bits[column] |= scan(row + key * masking.mask.col_stride, masking.mask.col_stride,
+          bits[column] |= scan(row + key * mask.view.col_stride, mask.view.col_stride,
                                std::min(plan.column_tile, shape.kv_len - key));
         }
       }

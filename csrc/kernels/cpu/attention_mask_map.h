@@ -8,12 +8,9 @@
 
 namespace torch_ext {
 
-enum class TileClass : std::uint8_t { kEmpty = 0, kFull = 1, kMixed = 2 };
-
 /// Fills (slices, row_tiles, column_tiles) classes. Row tile t holds the flattened rows
 /// [t * row_tile, ...) of `rows_per_query` rows a query.
-void build_mask_map(const AttentionMasking& masking, const AttentionShape& shape,
-                    const MaskMapPlan& plan, std::int64_t rows_per_query, const TaskRunner& runner,
-                    TileClass* map);
+void build_mask_map(const AttentionMask& mask, const AttentionShape& shape, const MaskMapPlan& plan,
+                    std::int64_t rows_per_query, const TaskRunner& runner, TileClass* map);
 
 }  // namespace torch_ext

@@ -121,8 +121,8 @@ struct RowStatistics {
 
   void add_weights(const BackwardScratch<Policy>& scratch, const ScoreBlock<Policy>& block,
                    std::int64_t start) const {
-    const NaturalScores<Policy> scores{params.masking, scratch, block,
-                                       static_cast<T>(params.scale)};
+    const NaturalScores<Policy> scores{params.transform, scratch, block,
+                                       static_cast<T>(params.transform.scale)};
     for (std::int64_t i = 0; i < block.queries; ++i) {
       T* maxima = lanes_of(scratch, block.first_query - start + i, 0);
       T* sums = lanes_of(scratch, block.first_query - start + i, 1);
@@ -177,7 +177,7 @@ struct RowStatistics {
     if (!(maximum > -kInfinity<T>)) return false;
     const T sum = horizontal_sum<T>(load<T>(lanes_of(scratch, i, 1)) * weights(maxima - maximum));
     const double size = __builtin_fabs(static_cast<double>(logsumexp)) +
-                        __builtin_fabs(params.scale) * __builtin_sqrt(squares);
+                        __builtin_fabs(params.transform.scale) * __builtin_sqrt(squares);
     const double tolerance = size * (sizeof(T) == 8 ? 0x1p-49 : 0x1p-20);
     const double recomputed = maximum + __builtin_log(static_cast<double>(sum));
     if (!(__builtin_fabs(recomputed - logsumexp) <= tolerance)) return false;
@@ -219,8 +219,8 @@ struct RowStatistics {
   void add_deltas(const BackwardScratch<Policy>& scratch, const ScoreBlock<Policy>& block,
                   std::int64_t start, std::int64_t first_row) const {
     using IntVector = typename Simd<T>::IntVector;
-    const NaturalScores<Policy> scores{params.masking, scratch, block,
-                                       static_cast<T>(params.scale)};
+    const NaturalScores<Policy> scores{params.transform, scratch, block,
+                                       static_cast<T>(params.transform.scale)};
     for (std::int64_t i = 0; i < block.queries; ++i) {
       const std::int64_t row = block.first_query - start + i;
       T* sums = lanes_of(scratch, row, 0);

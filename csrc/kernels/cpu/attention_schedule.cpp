@@ -19,21 +19,21 @@ std::size_t staged_bytes(std::int64_t rows, std::int64_t columns, const TileGeom
 }
 
 // Classes are per slice of the mask that differs; dimensions it broadcasts over share one.
-MaskMapPlan plan_mask_map(const AttentionMasking& masking, const AttentionShape& shape,
+MaskMapPlan plan_mask_map(const AttentionMask& mask, const AttentionShape& shape,
                           std::int64_t row_tiles, std::int64_t row_tile, std::int64_t column_tile) {
   MaskMapPlan plan;
-  if (masking.kind != AttentionMaskKind::kBoolean) return plan;
+  if (mask.kind != AttentionMaskKind::kBoolean) return plan;
   // No pairs: the mask has no address, and nobody asks.
   if (shape.batch() * shape.query_heads * shape.q_len * shape.kv_len == 0) return plan;
   plan.used = true;
   plan.slices = 1;
   for (int dim = 0; dim < kMaxBatchDims; ++dim) {
-    plan.batch_varies[dim] = masking.mask.batch_strides[dim] != 0 && shape.batch_sizes[dim] > 1;
+    plan.batch_varies[dim] = mask.view.batch_strides[dim] != 0 && shape.batch_sizes[dim] > 1;
     if (plan.batch_varies[dim]) plan.slices *= shape.batch_sizes[dim];
   }
-  plan.head_varies = masking.mask.head_stride != 0 && shape.query_heads > 1;
+  plan.head_varies = mask.view.head_stride != 0 && shape.query_heads > 1;
   if (plan.head_varies) plan.slices *= shape.kv_heads;
-  plan.row_tiles = masking.mask.row_stride == 0 ? 1 : row_tiles;
+  plan.row_tiles = mask.view.row_stride == 0 ? 1 : row_tiles;
   plan.row_tile = row_tile;
   plan.column_tile = column_tile;
   plan.column_tiles = ceil_div(shape.kv_len, column_tile);
@@ -86,7 +86,7 @@ ForwardPlan plan_forward(const AttentionForwardParams& params, const TileGeometr
   plan.kv_splits = std::max<std::int64_t>(plan.kv_splits, 1);
 
   plan.mask_map = plan_mask_map(
-      params.masking, shape, plan.decode ? 1 : ceil_div(plan.rows, plan.sub_tile),
+      params.transform.mask, shape, plan.decode ? 1 : ceil_div(plan.rows, plan.sub_tile),
       plan.decode ? std::max<std::int64_t>(plan.rows, 1) : plan.sub_tile, plan.kv_block);
 
   const std::size_t compute = geometry.compute_size;
@@ -169,8 +169,9 @@ BackwardPlan plan_backward(const AttentionBackwardParams& params, const TileGeom
                    std::int64_t{1}, std::max<std::int64_t>(plan.mask_shares, 1));
   }
 
-  plan.mask_map = plan_mask_map(params.masking, shape, ceil_div(shape.q_len, plan.query_block),
-                                plan.query_block, plan.key_tile);
+  plan.mask_map =
+      plan_mask_map(params.transform.mask, shape, ceil_div(shape.q_len, plan.query_block),
+                    plan.query_block, plan.key_tile);
 
   const std::size_t compute = geometry.compute_size;
   const std::size_t scalar = geometry.depth == 2 ? 4 : compute;

@@ -13,7 +13,8 @@ struct ScoreBlocks {
 
   /// The first query that sees any key from `first_key` on.
   std::int64_t first_allowed(std::int64_t first_key) const {
-    return params.masking.is_causal ? max_of(first_key - params.masking.causal_offset, 0) : 0;
+    const Range keys{first_key, first_key + 1};
+    return queries_of_any(params.transform.window, keys, params.shape.q_len).begin;
   }
 
   /// The block of head `g` of a group, of a tile of `count` keys, whose queries are those of the
@@ -22,7 +23,7 @@ struct ScoreBlocks {
               std::int64_t start, std::int64_t first_key, std::int64_t count,
               TileClass padding) const {
     const AttentionShape& shape = params.shape;
-    const AttentionMasking& masking = params.masking;
+    const ScoreTransform& transform = params.transform;
     const std::int64_t head = kv_head * shape.group() + g;
     block.head = g;
     block.first_query = max_of(start, first_allowed(first_key));
@@ -33,21 +34,22 @@ struct ScoreBlocks {
     if (mask == TileClass::kEmpty) return false;
     block.first_key = first_key;
     block.keys = count;
-    if (masking.is_causal) {
-      block.keys = min_of(count, end - 1 + masking.causal_offset - first_key + 1);
-    }
+    block.keys = min_of(count, keys_of(transform.window, end - 1, shape.kv_len).end - first_key);
     block.vectors = (block.keys + kLanes - 1) / kLanes;
-    block.diagonal = masking.is_causal && first_key + block.vectors * kLanes - 1 >
-                                              block.first_query + masking.causal_offset;
-    block.adds_mask = masking.kind == AttentionMaskKind::kAdditive || mask == TileClass::kMixed;
+    // Lanes beyond the keys of the block's last query are keys of none.
+    block.diagonal = first_key + min_of(block.vectors * kLanes, count) >
+                     keys_of(transform.window, block.first_query, shape.kv_len).end;
+    block.adds_mask =
+        transform.mask.kind == AttentionMaskKind::kAdditive || mask == TileClass::kMixed;
     block.adds_key_bias = padding == TileClass::kMixed || block.vectors * kLanes > count;
     block.slice = static_cast<std::uint32_t>(batch * shape.query_heads + head);
     if (block.adds_mask) {
-      block.mask_row = element_at(
-          masking.mask.data,
-          masking.kind == AttentionMaskKind::kAdditive ? masking.mask_dtype : ScalarType::kBool,
-          slice_offset(masking.mask, shape.batch_sizes, batch, head) +
-              block.first_query * masking.mask.row_stride);
+      block.mask_row =
+          element_at(transform.mask.view.data,
+                     transform.mask.kind == AttentionMaskKind::kAdditive ? transform.mask.dtype
+                                                                         : ScalarType::kBool,
+                     slice_offset(transform.mask.view, shape.batch_sizes, batch, head) +
+                         block.first_query * transform.mask.view.row_stride);
     }
     return true;
   }
@@ -55,7 +57,7 @@ struct ScoreBlocks {
   /// Key padding and the end of the keys as a bias, a whole tile long.
   TileClass load_key_bias(T* bias, std::int64_t batch, std::int64_t first,
                           std::int64_t count) const {
-    const ConstStridedView& padding = params.masking.key_padding;
+    const ConstStridedView& padding = params.transform.key_padding;
     for (std::int64_t key = 0; key < plan.key_tile; ++key) {
       bias[key] = key < count ? static_cast<T>(0) : -kInfinity<T>;
     }

@@ -48,7 +48,7 @@ struct ScoreBlock {
 /// The inputs of a block's natural scores; the products lie in scratch.weight.
 template <typename Policy>
 struct NaturalScores {
-  const AttentionMasking& masking;
+  const ScoreTransform& transform;
   const BackwardScratch<Policy>& scratch;
   const ScoreBlock<Policy>& block;
   typename Policy::Compute scale;
@@ -63,23 +63,24 @@ TORCH_EXT_INLINE Vec<typename Policy::Compute> natural_scores(const NaturalScore
   using T = typename Policy::Compute;
   using Int = typename Simd<T>::Int;
   constexpr int kLanes = Simd<T>::kLanes;
-  const AttentionMasking& masking = scores.masking;
+  const ScoreTransform& transform = scores.transform;
   const ScoreBlock<Policy>& block = scores.block;
   Vec<T> score = rounded(load<T>(scores.scratch.weight + place) * scores.scale);
   if constexpr (kMasked) {
     if (block.adds_mask) {
-      const ScalarType type =
-          masking.kind == AttentionMaskKind::kAdditive ? masking.mask_dtype : ScalarType::kBool;
+      const ScalarType type = transform.mask.kind == AttentionMaskKind::kAdditive
+                                  ? transform.mask.dtype
+                                  : ScalarType::kBool;
       score = add_mask<T>(
-          score, load_mask<T>(element_at(block.mask_row, type, i * masking.mask.row_stride), type,
-                              masking.mask.col_stride, block.first_key + key,
+          score, load_mask<T>(element_at(block.mask_row, type, i * transform.mask.view.row_stride),
+                              type, transform.mask.view.col_stride, block.first_key + key,
                               max_of(block.keys - key, 0)));
     }
     if (block.adds_key_bias) score = add_mask<T>(score, load<T>(scores.scratch.key_bias + key));
     if (block.diagonal) {
-      const Int last = static_cast<Int>(max_of(
-          min_of(block.first_query + i + masking.causal_offset - block.first_key - key, kLanes),
-          -1));
+      const std::int64_t end = keys_of(transform.window, block.first_query + i, kUnbounded).end;
+      const Int last =
+          static_cast<Int>(max_of(min_of(end - 1 - block.first_key - key, kLanes), -1));
       score = lane_index<T>() > last ? broadcast(-kInfinity<T>) : score;
     }
   }
@@ -100,8 +101,8 @@ struct ScoreGradient {
   template <bool kMasked, bool kDropout>
   void weigh(const BackwardScratch<Policy>& scratch, const ScoreBlock<Policy>& block) const {
     const std::int64_t stride = plan.key_tile;
-    const NaturalScores<Policy> scores{params.masking, scratch, block,
-                                       static_cast<T>(params.scale)};
+    const NaturalScores<Policy> scores{params.transform, scratch, block,
+                                       static_cast<T>(params.transform.scale)};
     const ScoreDomain<T> natural = ScoreDomain<T>::of(1.0);
     for (std::int64_t row = 0; row < block.queries; row += Policy::kDepth) {
       for (std::int64_t j = 0; j < block.vectors; ++j) {

@@ -67,8 +67,8 @@ CudaBackwardSchedule schedule_backward(const AttentionBackwardParams& params,
   args.grad_value = device_view(params.grad_value, shape.value_dim, grad_size);
   args.unrounded_grads = gradient_type(params) != params.dtype;
   args.grad_mask = device_view(params.grad_mask, 1, size);
-  args.scale = params.scale;
-  args.masking = device_masking(params.masking, shape);
+  args.scale = params.transform.scale;
+  args.masking = device_masking(params.transform, shape);
   args.dropout = device_dropout(params.dropout);
   if (shape.batch() * shape.query_heads * shape.q_len * shape.kv_len == 0) {
     schedule.path = CudaPath::kEmpty;

@@ -44,8 +44,8 @@ CudaForwardSchedule schedule_forward(const AttentionForwardParams& params, bool 
   args.value = device_view(params.value, shape.value_dim, size);
   args.out = device_view(params.out, shape.value_dim, size);
   args.logsumexp = params.logsumexp;
-  args.scale = params.scale;
-  args.masking = device_masking(params.masking, shape);
+  args.scale = params.transform.scale;
+  args.masking = device_masking(params.transform, shape);
   args.dropout = device_dropout(params.dropout);
   args.pack = 1;
   args.splits = 1;
@@ -73,7 +73,7 @@ CudaForwardSchedule schedule_forward(const AttentionForwardParams& params, bool 
   }
 
   schedule.path = CudaPath::kTensorCore;
-  const float factor = static_cast<float>(params.scale) * 1.4426950408889634f;
+  const float factor = static_cast<float>(params.transform.scale) * 1.4426950408889634f;
   schedule.general = tf32 || schedule.dim > 128 || args.masking.kind != AttentionMaskKind::kNone ||
                      args.masking.padding.data != nullptr || args.dropout.active ||
                      !(factor > 0.0f && std::isfinite(factor)) || !args.query.copies_whole_chunks ||

@@ -45,15 +45,17 @@ BasicDeviceView<decltype(View::data)> device_view(const View& view, std::int64_t
   return result;
 }
 
-inline DeviceMasking device_masking(const AttentionMasking& masking, const AttentionShape& shape) {
+inline DeviceMasking device_masking(const ScoreTransform& transform, const AttentionShape& shape) {
   DeviceMasking result{};
-  result.kind = masking.kind;
-  result.mask_dtype = masking.mask_dtype;
-  result.mask = device_view(masking.mask, 1, element_size(masking.mask_dtype));
-  result.padding = device_view(masking.key_padding, 1, 1);
-  result.is_causal = masking.is_causal;
+  result.kind = transform.mask.kind;
+  result.mask_dtype = transform.mask.dtype;
+  result.mask = device_view(transform.mask.view, 1, element_size(transform.mask.dtype));
+  result.padding = device_view(transform.key_padding, 1, 1);
+  const KeyWindow& window = transform.window;
+  result.is_causal = window.bounds_right();
   // Beyond these nothing, or everything, is allowed.
-  result.causal_offset = std::clamp(masking.causal_offset, -shape.q_len, shape.kv_len);
+  result.causal_offset =
+      std::clamp(extent::saturating_add(window.offset, window.right), -shape.q_len, shape.kv_len);
   return result;
 }
 

@@ -72,35 +72,40 @@ struct RowWeights {
 /// The score that masks add to, or -inf where they exclude the pair.
 class PairMask {
  public:
-  PairMask(const AttentionMasking& masking, const AttentionShape& shape, std::int64_t batch,
+  PairMask(const ScoreTransform& transform, const AttentionShape& shape, std::int64_t batch,
            std::int64_t head)
-      : masking_(masking),
-        mask_base_(slice_offset(masking.mask, shape.batch_sizes, batch, head)),
-        padding_base_(slice_offset(masking.key_padding, shape.batch_sizes, batch, 0)) {}
+      : transform_(transform),
+        kv_len_(shape.kv_len),
+        mask_base_(slice_offset(transform.mask.view, shape.batch_sizes, batch, head)),
+        padding_base_(slice_offset(transform.key_padding, shape.batch_sizes, batch, 0)) {}
 
   bool excludes(std::int64_t query, std::int64_t key) const {
-    if (masking_.is_causal && key > query + masking_.causal_offset) return true;
-    if (masking_.key_padding.data != nullptr &&
-        load_element(masking_.key_padding.data,
-                     padding_base_ + key * masking_.key_padding.col_stride,
+    const Range keys = keys_of(transform_.window, query, kv_len_);
+    if (key < keys.begin || key >= keys.end) return true;
+    if (transform_.key_padding.data != nullptr &&
+        load_element(transform_.key_padding.data,
+                     padding_base_ + key * transform_.key_padding.col_stride,
                      ScalarType::kBool) != 0.0) {
       return true;
     }
-    return masking_.kind == AttentionMaskKind::kBoolean &&
-           load_element(masking_.mask.data, mask_offset(query, key), ScalarType::kBool) == 0.0;
+    return transform_.mask.kind == AttentionMaskKind::kBoolean &&
+           load_element(transform_.mask.view.data, mask_offset(query, key), ScalarType::kBool) ==
+               0.0;
   }
 
   double bias(std::int64_t query, std::int64_t key) const {
-    if (masking_.kind != AttentionMaskKind::kAdditive) return 0.0;
-    return load_element(masking_.mask.data, mask_offset(query, key), masking_.mask_dtype);
+    if (transform_.mask.kind != AttentionMaskKind::kAdditive) return 0.0;
+    return load_element(transform_.mask.view.data, mask_offset(query, key), transform_.mask.dtype);
   }
 
  private:
   std::int64_t mask_offset(std::int64_t query, std::int64_t key) const {
-    return mask_base_ + query * masking_.mask.row_stride + key * masking_.mask.col_stride;
+    return mask_base_ + query * transform_.mask.view.row_stride +
+           key * transform_.mask.view.col_stride;
   }
 
-  const AttentionMasking& masking_;
+  const ScoreTransform& transform_;
+  std::int64_t kv_len_;
   std::int64_t mask_base_;
   std::int64_t padding_base_;
 };
@@ -134,7 +139,9 @@ RowWeights<T> row_weights(const Params& params, const DenseSlice<T>& query,
     if (mask.excludes(row, j)) continue;
     const T bias = static_cast<T>(mask.bias(row, j));
     if (bias == -kInfinity) continue;
-    score[j] = static_cast<T>(params.scale) * dot(query, row, key, j, shape.head_dim, order) + bias;
+    score[j] =
+        static_cast<T>(params.transform.scale) * dot(query, row, key, j, shape.head_dim, order) +
+        bias;
     result.attended[j] = score[j] != -kInfinity;
     // Not std::max: a NaN has to stay.
     if (score[j] > maximum || std::isnan(score[j])) maximum = score[j];
@@ -245,7 +252,7 @@ void forward(const AttentionForwardParams& params, DotOrder order) {
                             shape.head_dim);
     const DenseSlice<T> value(params.value, params.dtype, shape, batch, kv_head, shape.kv_len,
                               shape.value_dim);
-    const PairMask mask(params.masking, shape, batch, head);
+    const PairMask mask(params.transform, shape, batch, head);
 
     DenseSlice<T> out(shape.q_len, shape.value_dim);
     for (std::int64_t i = 0; i < shape.q_len; ++i) {
@@ -299,7 +306,7 @@ void backward(const AttentionBackwardParams& params, DotOrder order, bool delta_
                                 shape.head_dim);
       const DenseSlice<T> grad_out(params.grad_out, params.dtype, shape, batch, head, shape.q_len,
                                    shape.value_dim);
-      const PairMask mask(params.masking, shape, batch, head);
+      const PairMask mask(params.transform, shape, batch, head);
       DenseSlice<T> grad_query(shape.q_len, shape.head_dim);
 
       for (std::int64_t i = 0; i < shape.q_len; ++i) {
@@ -330,8 +337,8 @@ void backward(const AttentionBackwardParams& params, DotOrder order, bool delta_
           if (!row.attended[j]) continue;
           const T grad_score = row.weight[j] * (grad_weight[j] - delta);
           for (std::int64_t d = 0; d < shape.head_dim; ++d) {
-            grad_query(i, d) += static_cast<T>(params.scale) * grad_score * key(j, d);
-            grad_key(j, d) += static_cast<T>(params.scale) * grad_score * query(i, d);
+            grad_query(i, d) += static_cast<T>(params.transform.scale) * grad_score * key(j, d);
+            grad_key(j, d) += static_cast<T>(params.transform.scale) * grad_score * query(i, d);
           }
           if (grad_mask.wanted()) grad_mask.add(batch, head, i, j, grad_score);
         }

@@ -59,8 +59,7 @@ void run_attention_backward_cpu(const AttentionArguments& arguments, std::int64_
       .grad_key = wanted_view(outputs.key),
       .grad_value = wanted_view(outputs.value),
       .grad_mask = wanted_view(outputs.mask),
-      .scale = attention_scale(arguments, geometry.head_dim),
-      .masking = attention_masking(arguments, geometry, causal_offset),
+      .transform = score_transform(arguments, geometry, causal_offset),
       .dropout = attention_dropout(arguments)};
   const KernelTable& table = kernel_table();
   const AtenTaskRunner runner(2 * attention_workers(geometry));

@@ -70,8 +70,7 @@ void run_attention_backward_cuda(const AttentionArguments& arguments, std::int64
       .grad_key = wanted_view(outputs.key),
       .grad_value = wanted_view(outputs.value),
       .grad_mask = wanted_view(outputs.mask),
-      .scale = attention_scale(arguments, geometry.head_dim),
-      .masking = attention_masking(arguments, geometry, causal_offset),
+      .transform = score_transform(arguments, geometry, causal_offset),
       .dropout = attention_dropout(arguments)};
   const cuda::CudaBackwardSchedule schedule = cuda::schedule_backward(
       params, {.deterministic = at::globalContext().deterministicAlgorithms(),

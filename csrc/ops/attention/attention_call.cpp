@@ -17,35 +17,41 @@ AttentionShape attention_shape(const AttentionGeometry<std::int64_t>& geometry) 
           .value_dim = geometry.value_dim};
 }
 
-AttentionMasking attention_masking(const AttentionArguments& arguments,
-                                   const AttentionGeometry<std::int64_t>& geometry,
-                                   std::int64_t causal_offset) {
-  // Beyond these two ends nothing changes, and the kernels' sums cannot overflow.
-  AttentionMasking masking{
-      .is_causal = arguments.is_causal,
-      .causal_offset = std::clamp(causal_offset, -geometry.q_len, geometry.kv_len)};
+namespace {
+
+double attention_scale(const AttentionArguments& arguments, std::int64_t head_dim) {
+  if (arguments.scale.has_value()) return *arguments.scale;
+  // Without a head_dim all scores are 0, and must not become 0 * inf.
+  return head_dim == 0 ? 1.0 : 1.0 / std::sqrt(static_cast<double>(head_dim));
+}
+
+}  // namespace
+
+ScoreTransform score_transform(const AttentionArguments& arguments,
+                               const AttentionGeometry<std::int64_t>& geometry,
+                               std::int64_t causal_offset) {
+  ScoreTransform transform{
+      .scale = attention_scale(arguments, geometry.head_dim),
+      // Beyond these two ends nothing changes, and the kernels' sums cannot overflow.
+      .window = {.right = arguments.is_causal ? 0 : kUnbounded,
+                 .offset = std::clamp(causal_offset, -geometry.q_len, geometry.kv_len)}};
   if (arguments.attn_mask != nullptr) {
-    masking.mask_dtype = kernel_scalar_type(arguments.attn_mask->scalar_type());
-    masking.kind = masking.mask_dtype == ScalarType::kBool ? AttentionMaskKind::kBoolean
-                                                           : AttentionMaskKind::kAdditive;
-    masking.mask = strided_view(*arguments.attn_mask);
+    AttentionMask& mask = transform.mask;
+    mask.dtype = kernel_scalar_type(arguments.attn_mask->scalar_type());
+    mask.kind = mask.dtype == ScalarType::kBool ? AttentionMaskKind::kBoolean
+                                                : AttentionMaskKind::kAdditive;
+    mask.view = strided_view(*arguments.attn_mask);
   }
   if (arguments.key_padding_mask != nullptr) {
-    masking.key_padding = padding_view(*arguments.key_padding_mask);
+    transform.key_padding = padding_view(*arguments.key_padding_mask);
   }
-  return masking;
+  return transform;
 }
 
 AttentionDropout attention_dropout(const AttentionArguments& arguments) {
   if (arguments.dropout_p == 0.0) return {};
   return {.probability = arguments.dropout_p,
           .seed = arguments.dropout_seed->const_data_ptr<std::int64_t>()};
-}
-
-double attention_scale(const AttentionArguments& arguments, std::int64_t head_dim) {
-  if (arguments.scale.has_value()) return *arguments.scale;
-  // Without a head_dim all scores are 0, and must not become 0 * inf.
-  return head_dim == 0 ? 1.0 : 1.0 / std::sqrt(static_cast<double>(head_dim));
 }
 
 bool has_no_scores(const AttentionGeometry<std::int64_t>& geometry) {
@@ -64,8 +70,7 @@ AttentionForwardParams forward_params(const AttentionArguments& arguments,
           .value = strided_view(arguments.value),
           .out = mutable_strided_view(out),
           .logsumexp = logsumexp == nullptr ? nullptr : logsumexp->mutable_data_ptr(),
-          .scale = attention_scale(arguments, geometry.head_dim),
-          .masking = attention_masking(arguments, geometry, causal_offset),
+          .transform = score_transform(arguments, geometry, causal_offset),
           .dropout = attention_dropout(arguments)};
 }
 

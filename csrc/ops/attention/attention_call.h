@@ -8,11 +8,10 @@ namespace torch_ext {
 
 /// What both passes share.
 AttentionShape attention_shape(const AttentionGeometry<std::int64_t>& geometry);
-AttentionMasking attention_masking(const AttentionArguments& arguments,
-                                   const AttentionGeometry<std::int64_t>& geometry,
-                                   std::int64_t causal_offset);
+ScoreTransform score_transform(const AttentionArguments& arguments,
+                               const AttentionGeometry<std::int64_t>& geometry,
+                               std::int64_t causal_offset);
 AttentionDropout attention_dropout(const AttentionArguments& arguments);
-double attention_scale(const AttentionArguments& arguments, std::int64_t head_dim);
 
 /// No pair of a query and a key exists: out is 0, logsumexp -inf and every gradient 0.
 bool has_no_scores(const AttentionGeometry<std::int64_t>& geometry);

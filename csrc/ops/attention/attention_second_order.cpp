@@ -121,7 +121,7 @@ at::Tensor excluded_pairs(const SecondOrderInputs& inputs, const Geometry& geome
     const auto options = inputs.query.options().dtype(at::kLong);
     const at::Tensor rows = at::arange(at::Scalar(geometry.q_len), options).unsqueeze(1);
     const at::Tensor cols = at::arange(at::Scalar(geometry.kv_len), options);
-    // Clamped as in attention_masking().
+    // Clamped as in score_transform().
     const c10::SymInt offset =
         inputs.options.causal_offset.max(-geometry.q_len).min(geometry.kv_len);
     exclude(cols.gt(rows.add(at::Scalar(offset))));
