@@ -124,6 +124,11 @@ class AttentionResult:
     grads: list[Tensor] = field(default_factory=list)
     logsumexp: Tensor | None = None
 
+    def named(self) -> dict[str, Tensor]:
+        """out, and the gradients by the names of their inputs."""
+        names = ("out", "query", "key", "value", "attn_mask")
+        return dict(zip(names, [self.out, *self.grads], strict=False))
+
 
 def fused(case: AttentionCase, tensors: AttentionTensors, grad_out: Tensor) -> AttentionResult:
     """What torch_ext::attention_forward and its gradient give."""

@@ -12,6 +12,7 @@
 #include "attention_softmax-inl.h"
 #include "attention_splits-inl.h"
 #include "attention_forward-inl.h"
+#include "attention_row_products-inl.h"
 #include "attention_decode-inl.h"
 #include "attention_score_gradient-inl.h"
 #include "attention_score_blocks-inl.h"

@@ -1,25 +1,12 @@
 // Few queries against long keys and values (FlashDecoding's case): lanes run along head_dim, K and
 // V are streamed once for all grouped rows. Bound by memory bandwidth.
 
-struct LoadFloat {
-  static constexpr ScalarType kType = ScalarType::kFloat32;
-  TORCH_EXT_INLINE FloatVector at(const void* p) { return load<float>(p); }
-};
-struct LoadBf16 {
-  static constexpr ScalarType kType = ScalarType::kBFloat16;
-  TORCH_EXT_INLINE FloatVector at(const void* p) { return bf16_to_float(p); }
-};
-struct LoadFp16 {
-  static constexpr ScalarType kType = ScalarType::kFloat16;
-  TORCH_EXT_INLINE FloatVector at(const void* p) { return fp16_to_float(p); }
-};
-
 /// kRows: 1, 2 or 4 rows at once, of which params' may be fewer (3 of 4).
 template <typename Loader, int kRows>
 struct DecodeKernel {
   using Base = ForwardKernel<FloatContraction>;
   static constexpr int kLanes = kFloatLanes;
-  static constexpr std::int64_t kElement = Loader::kType == ScalarType::kFloat32 ? 4 : 2;
+  static constexpr std::int64_t kElement = kElementBytes<Loader>;
   static constexpr int kKeysPerStep = 8;
 
   const Base& base;
@@ -33,49 +20,9 @@ struct DecodeKernel {
            kCacheBytes;
   }
 
-  /// Asks for one row of the next block while its twin of this block is computed: sixteen short
-  /// rows abreast are more streams than the hardware follows (measured 25 of 36 GB/s in bf16). Rows
-  /// of fp32 are long enough, and what lies in a cache already only costs the instructions.
-  TORCH_EXT_INLINE void prefetch_row(const char* row, std::int64_t columns, bool far) {
-    if (kElement == 4 || !far) return;
-    for (std::int64_t byte = 0; byte < columns * kElement; byte += 64) {
-      __builtin_prefetch(row + byte, 0, 3);
-    }
-  }
-
-  /// scores[row][key] = query(row) . key for the block.
-  void dot_products(const float* query, std::int64_t padded, const char* keys,
-                    std::int64_t row_bytes, std::int64_t count, float* scores) const {
-    constexpr int kKeys = kLanes >= kRows ? kLanes / kRows : 1;  // per step: kLanes sums
-    const std::int64_t head_dim = base.params.shape.head_dim;
-    const std::int64_t whole = head_dim / kLanes * kLanes;
-    for (std::int64_t key = 0; key < count; key += kKeys) {
-      const char* rows[kKeys];
-      for (int i = 0; i < kKeys; ++i) rows[i] = keys + min_of(key + i, count - 1) * row_bytes;
-      FloatVector sum[kLanes] = {};
-      for (std::int64_t d = 0; d < head_dim; d += kLanes) {
-        FloatVector q[kRows];
-#pragma GCC unroll 4
-        for (int row = 0; row < kRows; ++row) q[row] = load<float>(query + row * padded + d);
-#pragma GCC unroll 16
-        for (int i = 0; i < kKeys; ++i) {
-          const FloatVector k = d < whole ? Loader::at(rows[i] + d * kElement)
-                                          : load_elements<float>(rows[i] + d * kElement,
-                                                                 Loader::kType, 1, head_dim - d);
-#pragma GCC unroll 4
-          for (int row = 0; row < kRows; ++row) sum[row * kKeys + i] += q[row] * k;
-        }
-      }
-      for (int i = 0; i < kKeys; ++i) {
-        prefetch_row(rows[i] + base.plan.kv_block * row_bytes, head_dim, far);
-      }
-      const FloatVector dots = reduce_rows<float>(sum);
-      for (int row = 0; row < kRows; ++row) {
-        __builtin_memcpy(scores + row * base.plan.kv_block + key,
-                         reinterpret_cast<const float*>(&dots) + row * kKeys, kKeys * 4);
-      }
-    }
-  }
+  /// Rows of fp32 are long enough for the hardware, and what lies in a cache already only costs the
+  /// instructions.
+  bool prefetches() const { return kElement != 4 && far; }
 
   /// out[row] += sum over a block's keys of weight(row, key) * value(key). The sum is made in
   /// `block_out`, from 0: added to a long one key by key it would round a thousand times.
@@ -98,8 +45,10 @@ struct DecodeKernel {
     const std::int64_t whole = value_dim / kLanes * kLanes;
     std::int64_t key = 0;
     for (; key + kKeysPerStep <= count; key += kKeysPerStep) {
-      for (int i = 0; i < kKeysPerStep; ++i) {
-        prefetch_row(values + (key + i + base.plan.kv_block) * row_bytes, value_dim, far);
+      if (prefetches()) {
+        for (int i = 0; i < kKeysPerStep; ++i) {
+          prefetch_bytes(values + (key + i + base.plan.kv_block) * row_bytes, value_dim * kElement);
+        }
       }
       std::int64_t d = 0;
       for (; d + 2 * kLanes <= whole; d += 2 * kLanes) {
@@ -297,6 +246,7 @@ struct DecodeKernel {
                                     slice_offset(params.value, shape.batch_sizes, batch, kv_head));
     const std::int64_t map_slice =
         plan.mask_map.used ? mask_map_slice(plan.mask_map, shape, batch, kv_head) : 0;
+    const std::int64_t key_bytes = params.key.row_stride * kElement;
     const std::int64_t kv_begin = split * plan.kv_split_len;
     kv_end = min_of(kv_end, kv_begin + plan.kv_split_len);
     const bool modified = transform.mask.kind != AttentionMaskKind::kNone ||
@@ -312,8 +262,12 @@ struct DecodeKernel {
                                                      first, count) == TileClass::kEmpty) {
         continue;
       }
-      dot_products(query, query_padded, keys + first * params.key.row_stride * kElement,
-                   params.key.row_stride * kElement, count, scores);
+      const RightRows block_keys{.data = keys + first * key_bytes,
+                                 .row_bytes = key_bytes,
+                                 .count = count,
+                                 .columns = shape.head_dim,
+                                 .ahead = prefetches() ? plan.kv_block * key_bytes : 0};
+      row_products<Loader, kRows>(query, query_padded, block_keys, count, scores, plan.kv_block);
       for (int r = 0; r < kRows; ++r) {
         float* row_scores = scores + r * plan.kv_block;
         if (modified) modify_scores(rows[r], padding, first, count, row_scores);

@@ -3,10 +3,6 @@
 // bear: by 6e-5 of them at 1024, and by the whole logarithm of the number of keys in a row whose
 // every key carries a huge finite mask. Such rows take their maximum and sum from the scores once
 // more, before the backward pass proper; calls that have none pay for one look at logsumexp.
-//
-// The decoding kernel adds its products up in another order than the backward pass. What the two
-// differ by shows as soon as some scores stand out, so that rows as few as it takes are done over
-// earlier, and their delta = sum of P dP as well.
 
 template <typename Policy>
 struct RowStatistics {
@@ -16,14 +12,10 @@ struct RowStatistics {
   const AttentionBackwardParams& params;
   const BackwardPlan& plan;
   const ScoreBlocks<Policy>& blocks;
-  const DropoutState& dropout;
   char* workspace;
 
-  /// A logsumexp beyond this is not taken at its word. Of few rows: what is more than 3 above that
-  /// of equal scores.
-  T limit = static_cast<T>(
-      plan.few_rows ? 3.0 + __builtin_log(static_cast<double>(max_of(params.shape.kv_len, 1)))
-                    : 1024.0);
+  /// A logsumexp beyond this is not taken at its word.
+  static constexpr T kLimit = 1024;
 
   std::int64_t rows() const {
     return params.shape.batch() * params.shape.query_heads * params.shape.q_len;
@@ -33,17 +25,15 @@ struct RowStatistics {
     return reinterpret_cast<T*>(workspace + plan.statistics_offset) + row;
   }
   T* factors(std::int64_t row) const { return references(rows()) + row; }
-  T* deltas(std::int64_t row) const { return factors(rows()) + row; }
-  bool has_delta(std::int64_t row) const { return *deltas(row) != kInfinity<T>; }
 
   /// -inf: the row attends to nothing.
-  TORCH_EXT_INLINE bool uncertain(T logsumexp, T limit) {
-    return (logsumexp > limit || logsumexp < -limit) && logsumexp > -kInfinity<T>;
+  TORCH_EXT_INLINE bool uncertain(T logsumexp) {
+    return (logsumexp > kLimit || logsumexp < -kLimit) && logsumexp > -kInfinity<T>;
   }
   bool any_uncertain(std::int64_t first, std::int64_t count) const {
     const T* logsumexp = static_cast<const T*>(params.logsumexp) + first;
     bool any = false;
-    for (std::int64_t row = 0; row < count; ++row) any |= uncertain(logsumexp[row], limit);
+    for (std::int64_t row = 0; row < count; ++row) any |= uncertain(logsumexp[row]);
     return any;
   }
 
@@ -60,7 +50,6 @@ struct RowStatistics {
     for (std::int64_t i = 0; i < count; ++i) {
       references(first_row)[i] = reference_of(logsumexp[i]);
       factors(first_row)[i] = static_cast<T>(1);
-      deltas(first_row)[i] = kInfinity<T>;
     }
     if (!any_uncertain(first_row, count)) return;
     const std::int64_t batch = slice / shape.query_heads;
@@ -76,13 +65,11 @@ struct RowStatistics {
       add_weights(scratch, block, start);
     });
     const std::int64_t query = slice_offset(params.query, shape.batch_sizes, batch, head);
-    bool changed = false;
     for (std::int64_t i = 0; i < count; ++i) {
-      if (!uncertain(logsumexp[i], limit)) continue;
+      if (!uncertain(logsumexp[i])) continue;
       const double square = square_of(params.query, query + (start + i) * params.query.row_stride);
-      changed |= finish_row(scratch, i, logsumexp[i], square * key_square, first_row + i);
+      finish_row(scratch, i, logsumexp[i], square * key_square, first_row + i);
     }
-    if (plan.few_rows && changed) recompute_deltas(scratch, batch, head, start, first_row, count);
   }
 
  private:
@@ -112,9 +99,8 @@ struct RowStatistics {
       blocks.pack_tile(params.key, base, shape.head_dim, keys, scratch.key_panel);
       const StagedRows<Policy> query = blocks.stage(params.query, batch, kv_head, block,
                                                     shape.head_dim, scratch.query_rows, false);
-      contract<Policy, false>(block.queries, block.vectors, depth_steps<Policy>(shape.head_dim),
-                              query.over_columns, scratch.key_panel, plan.key_tile, scratch.weight,
-                              plan.key_tile);
+      blocks.multiply(params.query, query, params.key, shape.head_dim, scratch.key_panel, batch,
+                      kv_head, block, scratch.weight);
       body(block);
     }
   }
@@ -168,77 +154,20 @@ struct RowStatistics {
     return largest;
   }
 
-  /// The row's own maximum and sum. False, and nothing is changed, where logsumexp is not theirs
-  /// beyond what scores of this size round to: somebody has joined it with that of other keys.
-  bool finish_row(const BackwardScratch<Policy>& scratch, std::int64_t i, T logsumexp,
+  /// The row's own maximum and sum. Nothing is changed where logsumexp is not theirs beyond what
+  /// scores of this size round to: somebody has joined it with that of other keys.
+  void finish_row(const BackwardScratch<Policy>& scratch, std::int64_t i, T logsumexp,
                   double squares, std::int64_t row) const {
     const Vec<T> maxima = load<T>(lanes_of(scratch, i, 0));
     const T maximum = horizontal_max<T>(maxima);
-    if (!(maximum > -kInfinity<T>)) return false;
+    if (!(maximum > -kInfinity<T>)) return;
     const T sum = horizontal_sum<T>(load<T>(lanes_of(scratch, i, 1)) * weights(maxima - maximum));
     const double size = __builtin_fabs(static_cast<double>(logsumexp)) +
                         __builtin_fabs(params.transform.scale) * __builtin_sqrt(squares);
     const double tolerance = size * (sizeof(T) == 8 ? 0x1p-49 : 0x1p-20);
     const double recomputed = maximum + __builtin_log(static_cast<double>(sum));
-    if (!(__builtin_fabs(recomputed - logsumexp) <= tolerance)) return false;
+    if (!(__builtin_fabs(recomputed - logsumexp) <= tolerance)) return;
     *references(row) = maximum;
     *factors(row) = static_cast<T>(1) / sum;
-    if (plan.few_rows) *deltas(row) = static_cast<T>(0);  // recompute_deltas() has the sum
-    return true;
-  }
-
-  /// delta = sum of P dP of the rows that finish_row() has changed, before grad_logsumexp.
-  void recompute_deltas(const BackwardScratch<Policy>& scratch, std::int64_t batch,
-                        std::int64_t head, std::int64_t start, std::int64_t first_row,
-                        std::int64_t count) const {
-    const AttentionShape& shape = params.shape;
-    const std::int64_t kv_head = head / shape.group();
-    const std::int64_t stride = plan.key_tile;
-    for (std::int64_t i = 0; i < count; ++i) store<T>(lanes_of(scratch, i, 0), Vec<T>{});
-    for_key_tiles(scratch, batch, head, start, [&](const ScoreBlock<Policy>& block) {
-      const std::int64_t base = slice_offset(params.value, shape.batch_sizes, batch, kv_head) +
-                                block.first_key * params.value.row_stride;
-      blocks.pack_tile(params.value, base, shape.value_dim, block.keys, scratch.value_panel);
-      const StagedRows<Policy> grad_out = blocks.stage(
-          params.grad_out, batch, kv_head, block, shape.value_dim, scratch.grad_out_rows, false);
-      contract<Policy, false>(block.queries, block.vectors, depth_steps<Policy>(shape.value_dim),
-                              grad_out.over_columns, scratch.value_panel, stride,
-                              scratch.grad_score, stride);
-      if (dropout.active) {
-        dropout_bits_of_keys(scratch.dropout_bits, stride, block.queries, block.keys,
-                             block.first_query, block.first_key, block.slice, dropout.seed);
-      }
-      add_deltas(scratch, block, start, first_row);
-    });
-    for (std::int64_t i = 0; i < count; ++i) {
-      if (!has_delta(first_row + i)) continue;
-      *deltas(first_row + i) = horizontal_sum<T>(load<T>(lanes_of(scratch, i, 0)));
-    }
-  }
-
-  void add_deltas(const BackwardScratch<Policy>& scratch, const ScoreBlock<Policy>& block,
-                  std::int64_t start, std::int64_t first_row) const {
-    using IntVector = typename Simd<T>::IntVector;
-    const NaturalScores<Policy> scores{params.transform, scratch, block,
-                                       static_cast<T>(params.transform.scale)};
-    for (std::int64_t i = 0; i < block.queries; ++i) {
-      const std::int64_t row = block.first_query - start + i;
-      T* sums = lanes_of(scratch, row, 0);
-      for (std::int64_t j = 0; j < block.vectors; ++j) {
-        const std::int64_t place = i * plan.key_tile + j * kLanes;
-        const Vec<T> score = natural_scores<true>(scores, i, j * kLanes, place);
-        const Vec<T> weight =
-            weights(score - *references(first_row + row)) * *factors(first_row + row);
-        Vec<T> grad_weight = load<T>(scratch.grad_score + place);
-        if (dropout.active) {
-          const IntVector kept = dropout_keep<T>(scratch.dropout_bits + place, dropout.threshold);
-          grad_weight *= static_cast<T>(dropout.scale);
-          grad_weight = (Vec<T>)((IntVector)grad_weight & kept);
-        }
-        // Keys beyond the tile, whose dP nobody has made, have no weight.
-        const Vec<T> share = weight * grad_weight;
-        store<T>(sums, load<T>(sums) + (weight == Vec<T>{} ? Vec<T>{} : share));
-      }
-    }
   }
 };

@@ -46,6 +46,14 @@ std::size_t mask_map_bytes(const MaskMapPlan& plan) {
              : 0;
 }
 
+// Whether rows are few enough to read keys and values where they lie: the decoding kernel, and the
+// backward pass, whose scores are to be the same.
+bool takes_few_rows(ScalarType dtype, std::int64_t rows, const ConstStridedView& key,
+                    const ConstStridedView& value) {
+  return rows > 0 && rows <= kDecodeRows && dtype != ScalarType::kFloat64 && key.col_stride == 1 &&
+         value.col_stride == 1;
+}
+
 }  // namespace
 
 ForwardPlan plan_forward(const AttentionForwardParams& params, const TileGeometry& geometry,
@@ -55,8 +63,7 @@ ForwardPlan plan_forward(const AttentionForwardParams& params, const TileGeometr
   plan.pairs = shape.batch() * shape.kv_heads;
   plan.rows = shape.q_len * shape.group();
   plan.sub_tile = static_cast<std::int64_t>(geometry.lanes) * geometry.max_vectors;
-  plan.decode = plan.rows > 0 && plan.rows <= kDecodeRows && params.dtype != ScalarType::kFloat64 &&
-                params.key.col_stride == 1 && params.value.col_stride == 1;
+  plan.decode = takes_few_rows(params.dtype, plan.rows, params.key, params.value);
   // The more sub-tiles share a block of K and V, the less often it comes from the third-level cache
   // and is converted: 4 to 16 measured 67 to 73% of peak in fp32. Their panels have to stay in the
   // second-level cache, and tasks must be many enough for many cores.
@@ -141,7 +148,7 @@ BackwardPlan plan_backward(const AttentionBackwardParams& params, const TileGeom
   plan.key_tile = std::max<std::int64_t>(ceil_div(ceil_div(shape.kv_len, tiles), unit), 1) * unit;
   plan.query_block = head <= 128 ? 64 : 32;
   plan.head_stride = ceil_div(shape.head_dim, geometry.lanes) * geometry.lanes;
-  plan.few_rows = plan.rows_per_pair(shape) <= kDecodeRows;
+  plan.few_rows = takes_few_rows(params.dtype, plan.rows_per_pair(shape), params.key, params.value);
 
   // A chunk costs a partial dQ, 16 bytes of traffic for 10 * chunk_len operations: 1024 keys keep
   // that near 3%, 256 are accepted where there would be hardly any tasks.
@@ -210,7 +217,7 @@ BackwardPlan plan_backward(const AttentionBackwardParams& params, const TileGeom
               plan.mask_rows * plan.mask_cols * compute);
   }
   plan.worker_offset =
-      plan.statistics_offset + align(3 * shape.batch() * shape.query_heads * shape.q_len * compute);
+      plan.statistics_offset + align(2 * shape.batch() * shape.query_heads * shape.q_len * compute);
   plan.worker_bytes = align(worker);
   plan.total_bytes = plan.worker_offset + plan.worker_bytes * num_workers;
   return plan;

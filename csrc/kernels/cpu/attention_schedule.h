@@ -74,7 +74,7 @@ struct BackwardPlan {
   std::int64_t chunks = 1;
   std::int64_t chunk_len = 0;
   std::int64_t head_stride = 0;  // staged columns of head_dim
-  bool few_rows = false;         // as many as the decoding kernel takes, or fewer
+  bool few_rows = false;         // the decoding kernel made the forward pass
 
   bool mask_gradient = false;
   std::array<bool, kMaxBatchDims> mask_batch_varies{};
@@ -89,8 +89,7 @@ struct BackwardPlan {
   MaskMapPlan mask_map;
   std::size_t query_partial_offset = 0;  // (chunk, batch * query_heads, q_len, head_stride)
   std::size_t mask_partial_offset = 0;
-  std::size_t statistics_offset = 0;  // (3, batch * query_heads * q_len): reference, factor,
-                                      // delta
+  std::size_t statistics_offset = 0;  // (2, batch * query_heads * q_len): reference, factor
   std::size_t worker_offset = 0;
   std::size_t worker_bytes = 0;
   std::size_t total_bytes = 0;

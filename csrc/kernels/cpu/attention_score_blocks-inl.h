@@ -70,9 +70,10 @@ struct ScoreBlocks {
     return classify_key_padding(bytes, padding.col_stride, first, count);
   }
 
-  /// K^T or V^T of a tile of keys.
+  /// K^T or V^T of a tile of keys. Few rows read the tile where it lies.
   void pack_tile(const ConstStridedView& view, std::int64_t base, std::int64_t columns,
                  std::int64_t count, Scalar* panel) const {
+    if (plan.few_rows) return;
     const std::int64_t row_stride = view.row_stride;
     for (std::int64_t j = 0; j * kLanes < count; ++j) {
       const std::int64_t first = base + j * kLanes * row_stride;
@@ -87,15 +88,48 @@ struct ScoreBlocks {
   StagedRows<Policy> stage(const ConstStridedView& view, std::int64_t batch, std::int64_t kv_head,
                            const ScoreBlock<Policy>& block, std::int64_t columns, char* buffer,
                            bool wants_rows) const {
-    const std::int64_t head = kv_head * params.shape.group() + block.head;
-    return stage_rows<Policy>(element_at(view.data, params.dtype,
-                                         slice_offset(view, params.shape.batch_sizes, batch, head) +
-                                             block.first_query * view.row_stride),
-                              params.dtype, view.row_stride, view.col_stride, block.queries,
-                              columns, buffer, true, wants_rows);
+    return stage_rows<Policy>(row_address(view, batch, kv_head, block), params.dtype,
+                              view.row_stride, view.col_stride, block.queries, columns, buffer,
+                              !plan.few_rows, wants_rows);
+  }
+
+  /// out[query][key] = left(query) . right(key) of a block: `rows` are the staged rows of `left`,
+  /// `panel` is what pack_tile() made of `right`. The forward pass adds up in the same order.
+  void multiply(const ConstStridedView& left, const StagedRows<Policy>& rows,
+                const ConstStridedView& right, std::int64_t columns, Scalar* panel,
+                std::int64_t batch, std::int64_t kv_head, const ScoreBlock<Policy>& block,
+                T* out) const {
+    if (!plan.few_rows) {
+      contract<Policy, false>(block.queries, block.vectors, depth_steps<Policy>(columns),
+                              rows.over_columns, panel, plan.key_tile, out, plan.key_tile);
+      return;
+    }
+    if constexpr (sizeof(T) == 4) {
+      float* const left_rows = reinterpret_cast<float*>(panel);  // nobody has packed a tile there
+      const std::int64_t padded = round_up(columns, kLanes);
+      convert_rows<float>(row_address(left, batch, kv_head, block), params.dtype, left.row_stride,
+                          left.col_stride, block.queries, columns, left_rows, padded);
+      const std::int64_t first = slice_offset(right, params.shape.batch_sizes, batch, kv_head) +
+                                 block.first_key * right.row_stride;
+      const RightRows right_rows{.data = element_at(right.data, params.dtype, first),
+                                 .row_bytes = right.row_stride * bytes_of(params.dtype),
+                                 .count = block.keys,
+                                 .columns = columns};
+      row_products(params.dtype, block.queries, left_rows, padded, right_rows,
+                   block.vectors * kLanes, out, plan.key_tile);
+    }
   }
 
  private:
+  /// Of a block's first row in query or grad_out.
+  const char* row_address(const ConstStridedView& view, std::int64_t batch, std::int64_t kv_head,
+                          const ScoreBlock<Policy>& block) const {
+    const std::int64_t head = kv_head * params.shape.group() + block.head;
+    return element_at(view.data, params.dtype,
+                      slice_offset(view, params.shape.batch_sizes, batch, head) +
+                          block.first_query * view.row_stride);
+  }
+
   TileClass mask_class(std::int64_t batch, std::int64_t kv_head, std::int64_t row_tile,
                        std::int64_t key) const {
     const MaskMapPlan& map = plan.mask_map;
