@@ -14,4 +14,14 @@ inline const at::Tensor* given(const OptionalTensor& tensor) {
   return tensor.has_value() && tensor->defined() ? &*tensor : nullptr;
 }
 
+/// Null where the tensor is undefined.
+inline const at::Tensor* given(const at::Tensor& tensor) {
+  return tensor.defined() ? &tensor : nullptr;
+}
+
+/// And back: None where the pointer is null.
+inline OptionalTensor optional(const at::Tensor* tensor) {
+  return tensor == nullptr ? std::nullopt : OptionalTensor(*tensor);
+}
+
 }  // namespace torch_ext

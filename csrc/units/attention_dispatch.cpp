@@ -1,5 +1,4 @@
 // The operators of attention: schemas, composites, vmap. One translation unit (csrc/README.md).
-#include "ops/attention/attention_operators.cpp"
 #include "ops/attention/attention_schema.cpp"
 #include "ops/attention/attention_vmap.cpp"
 #include "ops/attention/packed_attention.cpp"

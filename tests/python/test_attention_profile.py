@@ -54,3 +54,16 @@ def test_whole_layers(training):
     with torch_ext.enabled():
         found = entries(call)
     assert found == {"torch_ext::self_attention": 1, "torch_ext::packed_attention_forward": 1}
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_entries_show_shapes_and_link_to_the_backward_pass(mode):
+    query = torch.randn(2, 4, 16, 8, requires_grad=True)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as run, mode():
+        out = torch_ext.scaled_dot_product_attention(query, query, query)
+        if out.requires_grad:
+            out.sum().backward()
+    forward = next(e for e in run.events() if e.name == "torch_ext::attention_forward")
+    assert forward.input_shapes[:3] == [[2, 4, 16, 8]] * 3
+    nodes = [e.sequence_nr for e in run.events() if "AttentionFunction" in e.name]
+    assert set(nodes) == ({forward.sequence_nr} if out.requires_grad else set())

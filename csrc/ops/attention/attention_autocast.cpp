@@ -4,7 +4,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
-#include "attention_operators.h"
+#include "attention_signature.h"
 
 namespace torch_ext {
 namespace {
@@ -22,62 +22,67 @@ class Casting {
     return at::autocast::cached_cast(dtype_, tensor, kDevice);
   }
 
+  /// Masks are cast where they are floating; booleans and seeds stay.
+  AttentionTensors operator()(const AttentionArguments& arguments) const {
+    return arguments.map_tensors(
+        [this](AttentionTensor /*position*/, const at::Tensor& tensor) { return (*this)(tensor); });
+  }
+
  private:
   c10::impl::ExcludeDispatchKeyGuard guard_;
   at::ScalarType dtype_;
 };
 
 template <c10::DeviceType kDevice>
-at::Tensor scaled_dot_product_attention(const at::Tensor& query, const at::Tensor& key,
-                                        const at::Tensor& value, const OptionalTensor& attn_mask,
-                                        double dropout_p, bool is_causal,
-                                        std::optional<double> scale, bool enable_gqa) {
-  const Casting<kDevice> cast;
-  return call_scaled_dot_product_attention(cast(query), cast(key), cast(value), cast(attn_mask),
-                                           dropout_p, is_causal, scale, enable_gqa);
-}
+struct AutocastAttention {
+  static at::Tensor attention(const AttentionArguments& arguments) {
+    const Casting<kDevice> cast;
+    const AttentionTensors tensors = cast(arguments);
+    return call_scaled_dot_product_attention(arguments.with_tensors(tensors));
+  }
 
-template <c10::DeviceType kDevice>
-ForwardResult attention_forward(const at::Tensor& query, const at::Tensor& key,
-                                const at::Tensor& value, const OptionalTensor& attn_mask,
-                                double dropout_p, bool is_causal, std::optional<double> scale,
-                                bool enable_gqa, c10::SymInt causal_offset,
-                                const OptionalTensor& key_padding_mask,
-                                const OptionalTensor& dropout_seed, bool contiguous) {
-  const Casting<kDevice> cast;
-  return call_attention_forward(cast(query), cast(key), cast(value), cast(attn_mask), dropout_p,
-                                is_causal, scale, enable_gqa, causal_offset, key_padding_mask,
-                                dropout_seed, contiguous);
-}
+  static ForwardResult forward(const AttentionArguments& arguments) {
+    const Casting<kDevice> cast;
+    const AttentionTensors tensors = cast(arguments);
+    return call_attention_forward(arguments.with_tensors(tensors));
+  }
 
-template <c10::DeviceType kDevice>
-at::Tensor self_attention(const at::Tensor& input, const at::Tensor& in_proj_weight,
-                          const OptionalTensor& in_proj_bias, const at::Tensor& out_proj_weight,
-                          const OptionalTensor& out_proj_bias, std::int64_t num_heads,
-                          const OptionalTensor& attn_mask, double dropout_p, bool is_causal,
-                          const OptionalTensor& key_padding_mask) {
-  const Casting<kDevice> cast;
-  return call_self_attention(cast(input), cast(in_proj_weight), cast(in_proj_bias),
-                             cast(out_proj_weight), cast(out_proj_bias), num_heads, cast(attn_mask),
-                             dropout_p, is_causal, key_padding_mask);
-}
+  static ForwardResult packed_forward(const PackedProjection& packed,
+                                      const AttentionArguments& options) {
+    const Casting<kDevice> cast;
+    const at::Tensor qkv = cast(*packed.qkv);
+    const AttentionTensors tensors = cast(options);
+    return call_packed_attention_forward({.qkv = &qkv, .num_heads = packed.num_heads},
+                                         options.with_tensors(tensors));
+  }
 
-template <c10::DeviceType kDevice>
-ForwardResult packed_attention_forward(const at::Tensor& qkv, std::int64_t num_heads,
-                                       const OptionalTensor& attn_mask, double dropout_p,
-                                       bool is_causal, const OptionalTensor& key_padding_mask,
-                                       const OptionalTensor& dropout_seed) {
-  const Casting<kDevice> cast;
-  return call_packed_attention_forward(cast(qkv), num_heads, cast(attn_mask), dropout_p, is_causal,
-                                       key_padding_mask, dropout_seed);
-}
+  static at::Tensor self_attention(const SelfAttentionParameters& parameters,
+                                   const AttentionArguments& options) {
+    const Casting<kDevice> cast;
+    const at::Tensor input = cast(*parameters.input);
+    const at::Tensor in_proj_weight = cast(*parameters.in_proj_weight);
+    const OptionalTensor in_proj_bias = cast(optional(parameters.in_proj_bias));
+    const at::Tensor out_proj_weight = cast(*parameters.out_proj_weight);
+    const OptionalTensor out_proj_bias = cast(optional(parameters.out_proj_bias));
+    const AttentionTensors tensors = cast(options);
+    return call_self_attention({.input = &input,
+                                .in_proj_weight = &in_proj_weight,
+                                .in_proj_bias = given(in_proj_bias),
+                                .out_proj_weight = &out_proj_weight,
+                                .out_proj_bias = given(out_proj_bias),
+                                .num_heads = parameters.num_heads},
+                               options.with_tensors(tensors));
+  }
+};
 
 template <c10::DeviceType kDevice>
 void register_kernels(torch::Library& m) {
-  m.impl("scaled_dot_product_attention", TORCH_FN(scaled_dot_product_attention<kDevice>));
-  m.impl("attention_forward", TORCH_FN(attention_forward<kDevice>));
-  m.impl("self_attention", TORCH_FN(self_attention<kDevice>));
-  m.impl("packed_attention_forward", TORCH_FN(packed_attention_forward<kDevice>));
+  m.impl("scaled_dot_product_attention",
+         TORCH_FN(scaled_dot_product_attention_kernel<AutocastAttention<kDevice>>));
+  m.impl("attention_forward", TORCH_FN(attention_forward_kernel<AutocastAttention<kDevice>>));
+  m.impl("self_attention", TORCH_FN(self_attention_kernel<AutocastAttention<kDevice>>));
+  m.impl("packed_attention_forward",
+         TORCH_FN(packed_attention_forward_kernel<AutocastAttention<kDevice>>));
 }
 
 }  // namespace

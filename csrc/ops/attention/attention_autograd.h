@@ -1,32 +1,37 @@
-// What the Autograd kernels of attention_forward and attention_backward save between the passes.
+// What the Autograd kernels of the attention operators save between the passes, and the way to them
+// past the dispatcher.
 #pragma once
 
 #include <torch/csrc/autograd/custom_function.h>
-
-#include <optional>
-#include <tuple>
 
 #include "attention_arguments.h"
 
 namespace torch_ext {
 
-/// The arguments that are no tensors, and which optional tensors were given.
-struct AttentionOptions {
-  double dropout_p = 0.0;
-  bool is_causal = false;
-  std::optional<double> scale = std::nullopt;
-  bool enable_gqa = false;
-  c10::SymInt causal_offset = 0;
-  bool contiguous = false;
+/// attention_forward() and packed_attention_forward() of checked arguments on plain CPU tensors
+/// (plain_dispatch.h) of which one requires grad: for composites, which have checked them.
+ForwardResult record_attention_forward(const AttentionArguments& arguments,
+                                       const AttentionGeometry<std::int64_t>& checked);
+ForwardResult record_packed_attention_forward(const PackedProjection& packed,
+                                              const AttentionArguments& options,
+                                              const AttentionGeometry<std::int64_t>& checked);
 
-  void save(torch::autograd::AutogradContext& context) const;
-  static AttentionOptions load(const torch::autograd::AutogradContext& context);
-};
+/// The saved list of both forward operators begins with these two.
+constexpr std::size_t kSavedOut = 0;
+constexpr std::size_t kSavedLogsumexp = 1;
+
+/// The options that are no tensors, by their names.
+void save_options(torch::autograd::AutogradContext& context, const AttentionArguments& arguments);
+AttentionArguments load_options(const torch::autograd::AutogradContext& context);
 
 /// A mask that is no variable, as the backward pass will want it whatever its owner does with it
 /// meanwhile: a copy, which may come from a tensor of inference mode or be followed by a refill in
-/// place. Repeated dimensions (strides of 0) are kept once. Undefined where `mask` is null.
-at::Tensor mask_copy(const at::Tensor* mask);
+/// place. Repeated dimensions (strides of 0) are kept once.
+at::Tensor mask_copy(const at::Tensor& mask);
+
+/// The call's tensors as the backward pass keeps them: masks that are no variables as copies, an
+/// additive one too unless `keeps_mask`.
+AttentionTensors saved_tensors(const AttentionArguments& arguments, bool keeps_mask);
 
 /// A list of tensors of which some may be absent. Saved variables must all be defined to survive
 /// compiled autograd, so absent ones are left out and `present` tells which.
@@ -38,9 +43,9 @@ class SparseTensorList {
   const torch::autograd::variable_list& tensors() const { return tensors_; }
   std::int64_t present() const { return present_; }
 
-  /// The full list again; undefined where absent.
+  /// The full list of `size` again; undefined where absent.
   static torch::autograd::variable_list expand(const torch::autograd::variable_list& tensors,
-                                               std::int64_t present);
+                                               std::int64_t present, std::size_t size);
 
  private:
   torch::autograd::variable_list tensors_;
@@ -48,9 +53,12 @@ class SparseTensorList {
   int size_ = 0;
 };
 
-/// A saved variable as an argument: none where it is undefined.
-inline OptionalTensor optional(const at::Tensor& tensor) {
-  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+/// The results of the backward pass in a list.
+template <typename Result>
+torch::autograd::variable_list gradient_list(Result&& gradients) {
+  return std::apply(
+      [](auto&&... gradient) { return torch::autograd::variable_list{std::move(gradient)...}; },
+      std::forward<Result>(gradients));
 }
 
 }  // namespace torch_ext

@@ -5,16 +5,23 @@
 
 namespace torch_ext {
 
-at::Tensor mask_copy(const at::Tensor* mask) {
-  if (mask == nullptr) return {};
+at::Tensor mask_copy(const at::Tensor& mask) {
   const at::DisableRecordFunctionGuard one_entry_a_call;  // in a profile
-  at::Tensor once = mask->detach();
+  at::Tensor once = mask.detach();
   for (std::int64_t dim = 0; dim < once.dim(); ++dim) {
     if (is_zero(once.sym_stride(dim)) && TORCH_GUARD_OR_FALSE(once.sym_size(dim).sym_gt(1))) {
       once = once.narrow(dim, 0, 1);
     }
   }
   return once.clone();
+}
+
+AttentionTensors saved_tensors(const AttentionArguments& arguments, bool keeps_mask) {
+  return arguments.map_tensors([keeps_mask](AttentionTensor position, const at::Tensor& tensor) {
+    const bool copied =
+        position == kPadding || (position == kMask && !(keeps_mask && tensor.is_floating_point()));
+    return copied ? mask_copy(tensor) : tensor;
+  });
 }
 
 void SparseTensorList::push(const at::Tensor* tensor) {
@@ -26,32 +33,28 @@ void SparseTensorList::push(const at::Tensor* tensor) {
 }
 
 torch::autograd::variable_list SparseTensorList::expand(
-    const torch::autograd::variable_list& tensors, std::int64_t present) {
-  torch::autograd::variable_list result;
+    const torch::autograd::variable_list& tensors, std::int64_t present, std::size_t size) {
+  torch::autograd::variable_list result(size);
   auto next = tensors.begin();
-  for (std::int64_t bits = present; bits != 0; bits >>= 1) {
-    result.push_back((bits & 1) != 0 ? *next++ : at::Tensor());
+  for (std::size_t position = 0; position < size; ++position) {
+    if ((present >> position & 1) != 0) result[position] = *next++;
   }
   return result;
 }
 
-void AttentionOptions::save(torch::autograd::AutogradContext& context) const {
-  context.saved_data["dropout_p"] = dropout_p;
-  context.saved_data["is_causal"] = is_causal;
-  context.saved_data["scale"] = scale;
-  context.saved_data["enable_gqa"] = enable_gqa;
-  context.saved_data["causal_offset"] = causal_offset;
-  context.saved_data["contiguous"] = contiguous;
+void save_options(torch::autograd::AutogradContext& context, const AttentionArguments& arguments) {
+  AttentionArguments::visit_options(arguments, [&context](const char* name, const auto& option) {
+    context.saved_data[name] = option;
+  });
 }
 
-AttentionOptions AttentionOptions::load(const torch::autograd::AutogradContext& context) {
-  const auto& data = context.saved_data;
-  return {.dropout_p = data.at("dropout_p").toDouble(),
-          .is_causal = data.at("is_causal").toBool(),
-          .scale = data.at("scale").toOptional<double>(),
-          .enable_gqa = data.at("enable_gqa").toBool(),
-          .causal_offset = data.at("causal_offset").toSymInt(),
-          .contiguous = data.at("contiguous").toBool()};
+AttentionArguments load_options(const torch::autograd::AutogradContext& context) {
+  AttentionArguments arguments;
+  AttentionArguments::visit_options(arguments, [&context](const char* name, auto& option) {
+    using Option = std::remove_reference_t<decltype(option)>;
+    option = context.saved_data.at(name).template to<Option>();
+  });
+  return arguments;
 }
 
 }  // namespace torch_ext

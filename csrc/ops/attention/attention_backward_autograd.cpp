@@ -8,8 +8,8 @@
 
 #include "attention_autograd.h"
 #include "attention_checks.h"
-#include "attention_operators.h"
 #include "attention_second_order.h"
+#include "attention_signature.h"
 #include "functorch_node.h"
 #include "plain_dispatch.h"
 
@@ -21,60 +21,42 @@ using torch::autograd::variable_list;
 
 constexpr const char* kBackwardOp = "attention_backward";
 
-/// Tensors of one call. out and logsumexp are functions of the others: autograd sees no input
-/// there.
-struct BackwardTensors {
-  const at::Tensor& grad_out;
-  const OptionalTensor& grad_logsumexp;
-  const at::Tensor& query;
-  const at::Tensor& key;
-  const at::Tensor& value;
-  const at::Tensor& out;
-  const at::Tensor& logsumexp;
-  const OptionalTensor& attn_mask;
-  const OptionalTensor& key_padding_mask;
-  const OptionalTensor& dropout_seed;
-};
+// The saved list: grad_out, grad_logsumexp, and the tensors of the call. The first kInputs of it
+// are the differentiable inputs; out and logsumexp are functions of those.
+constexpr std::size_t kInputs = 2 + kGradientCount;
+using InputSet = std::array<bool, kInputs>;
 
-BackwardResult backward_below_autograd(const BackwardTensors& tensors,
-                                       const AttentionOptions& options,
-                                       std::array<bool, 4> output_mask) {
+BackwardResult backward_below_autograd(const AttentionArguments& arguments,
+                                       const AttentionGradients& gradients) {
   const at::AutoDispatchBelowADInplaceOrView guard;
-  return call_attention_backward(
-      tensors.grad_out, tensors.grad_logsumexp, tensors.query, tensors.key, tensors.value,
-      tensors.out, tensors.logsumexp, tensors.attn_mask, options.dropout_p, options.is_causal,
-      options.scale, options.enable_gqa, options.causal_offset, tensors.key_padding_mask,
-      tensors.dropout_seed, output_mask, options.contiguous);
+  return call_attention_backward(arguments, gradients);
 }
 
-// Saved, and the first six are the differentiable inputs.
-SparseTensorList saved_tensors(const BackwardTensors& tensors) {
+SparseTensorList saved_inputs(const AttentionArguments& arguments,
+                              const AttentionGradients& gradients) {
   SparseTensorList saved;
-  for (const at::Tensor* tensor : {&tensors.grad_out, given(tensors.grad_logsumexp), &tensors.query,
-                                   &tensors.key, &tensors.value, given(tensors.attn_mask),
-                                   given(tensors.key_padding_mask), given(tensors.dropout_seed)}) {
-    saved.push(tensor);
-  }
+  saved.push(gradients.grad_out);
+  saved.push(gradients.grad_logsumexp);
+  for (const at::Tensor* tensor : arguments.tensors()) saved.push(tensor);
   return saved;
 }
 
-/// of grad_out, grad_logsumexp, query, key, value, attn_mask
-variable_list second_order(const variable_list& saved_present, std::int64_t present,
-                           const AttentionOptions& options, const variable_list& grads,
-                           const std::array<bool, 6>& needs_grad) {
-  variable_list saved = SparseTensorList::expand(saved_present, present);
-  saved.resize(8);
-  return attention_second_order(
-      {.grad_out = saved[0],
-       .grad_logsumexp = saved[1],
-       .query = saved[2],
-       .key = saved[3],
-       .value = saved[4],
-       .attn_mask = saved[5],
-       .key_padding_mask = saved[6],
-       .dropout_seed = saved[7],
-       .options = options},
-      {.query = grads[0], .key = grads[1], .value = grads[2], .attn_mask = grads[3]}, needs_grad);
+std::array<const at::Tensor*, kInputs> differentiable_inputs(const AttentionArguments& arguments,
+                                                             const AttentionGradients& gradients) {
+  std::array<const at::Tensor*, kInputs> inputs{gradients.grad_out, gradients.grad_logsumexp};
+  const auto own = arguments.differentiable();
+  std::copy(own.begin(), own.end(), inputs.begin() + 2);
+  return inputs;
+}
+
+/// The gradients of the differentiable inputs, from those of the results.
+variable_list second_order(const variable_list& tensors, std::int64_t present,
+                           const AttentionArguments& options, const variable_list& grads,
+                           const InputSet& needs_grad) {
+  const variable_list saved = SparseTensorList::expand(tensors, present, 2 + kTensorCount);
+  return attention_second_order(options.with_tensors(c10::ArrayRef<at::Tensor>(saved).slice(2)),
+                                {.grad_out = &saved[0], .grad_logsumexp = given(saved[1])}, grads,
+                                needs_grad);
 }
 
 bool any_defined(const variable_list& tensors) {
@@ -85,121 +67,102 @@ bool any_defined(const variable_list& tensors) {
 struct AttentionBackwardFunction : public torch::autograd::Function<AttentionBackwardFunction> {
   static constexpr bool is_traceable = true;
 
-  // The differentiable inputs come one by one for apply() to find them, and once more in `tensors`.
+  // The differentiable inputs come one by one for apply() to find them, and once more in the two
+  // structs.
   static variable_list forward(AutogradContext* context, const at::Tensor& /*grad_out*/,
                                const OptionalTensor& /*grad_logsumexp*/,
                                const at::Tensor& /*query*/, const at::Tensor& /*key*/,
                                const at::Tensor& /*value*/, const OptionalTensor& /*attn_mask*/,
-                               const BackwardTensors& tensors, const AttentionOptions& options,
-                               std::array<bool, 4> output_mask) {
-    const BackwardResult result = backward_below_autograd(tensors, options, output_mask);
-    const SparseTensorList saved = saved_tensors(tensors);
+                               const AttentionArguments& arguments,
+                               const AttentionGradients& gradients) {
+    const variable_list all = gradient_list(backward_below_autograd(arguments, gradients));
+    const SparseTensorList saved = saved_inputs(arguments, gradients);
     context->save_for_backward(saved.tensors());
     context->saved_data["present"] = saved.present();
+    save_options(*context, arguments);
     // As lists of outputs must be defined, those not asked for are left out.
-    std::int64_t outputs = 0;
-    variable_list list;
-    const std::array<const at::Tensor*, 4> all{&std::get<0>(result), &std::get<1>(result),
-                                               &std::get<2>(result), &std::get<3>(result)};
-    for (int output = 0; output < 4; ++output) {
-      if (!all[output]->defined()) continue;
-      outputs |= std::int64_t{1} << output;
-      list.push_back(*all[output]);
-    }
-    context->saved_data["outputs"] = outputs;
-    options.save(*context);
+    SparseTensorList outputs;
+    for (const at::Tensor& output : all) outputs.push(output);
+    context->saved_data["outputs"] = outputs.present();
     context->set_materialize_grads(false);
-    return list;
+    return outputs.tensors();
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
-    variable_list result(9);
+    variable_list result(kInputs + 2);
     if (!any_defined(grads)) return result;
     const std::int64_t present = context->saved_data.at("present").toInt();
-    variable_list all_grads =
-        SparseTensorList::expand(grads, context->saved_data.at("outputs").toInt());
-    all_grads.resize(4);
-    std::array<bool, 6> needs_grad{};
+    const variable_list all_grads =
+        SparseTensorList::expand(grads, context->saved_data.at("outputs").toInt(), kGradientCount);
+    InputSet needs_grad{};
     std::size_t edge = 0;
-    for (int input = 0; input < 6; ++input) {
+    for (std::size_t input = 0; input < kInputs; ++input) {
       if ((present >> input & 1) == 0) continue;
       needs_grad[input] = context->needs_input_grad(edge++);
     }
-    variable_list input_grads =
-        second_order(context->get_saved_variables(), present, AttentionOptions::load(*context),
-                     all_grads, needs_grad);
+    variable_list input_grads = second_order(context->get_saved_variables(), present,
+                                             load_options(*context), all_grads, needs_grad);
     std::move(input_grads.begin(), input_grads.end(), result.begin());
     return result;
   }
 };
 
-BackwardResult collect(const variable_list& outputs, std::array<bool, 4> output_mask) {
-  variable_list all(4);
+BackwardResult collect(const variable_list& outputs, const GradientSet& output_mask) {
+  variable_list all(kGradientCount);
   auto next = outputs.begin();
-  for (int output = 0; output < 4; ++output) {
+  for (std::size_t output = 0; output < kGradientCount; ++output) {
     if (output_mask[output]) all[output] = *next++;
   }
-  return {all[0], all[1], all[2], all[3]};
+  return {all[kQuery], all[kKey], all[kValue], all[kMask]};
 }
 
-BackwardResult functorch_backward(const BackwardTensors& tensors, const AttentionOptions& options,
-                                  std::array<bool, 4> output_mask) {
-  BackwardResult result = backward_below_autograd(tensors, options, output_mask);
-  const SparseTensorList saved = saved_tensors(tensors);
-  const auto formula = [options, present = saved.present()](
-                           const variable_list& saved_present, const variable_list& grads,
+BackwardResult functorch_backward(const AttentionArguments& arguments,
+                                  const AttentionGradients& gradients) {
+  BackwardResult result = backward_below_autograd(arguments, gradients);
+  const SparseTensorList saved = saved_inputs(arguments, gradients);
+  const auto formula = [options = arguments.with_tensors(AttentionTensors()),
+                        present = saved.present()](
+                           const variable_list& tensors, const variable_list& grads,
                            const std::vector<bool>& needs_input_grad) -> variable_list {
-    if (!any_defined(grads)) return variable_list(6);
-    std::array<bool, 6> needs_grad{};
-    for (int input = 0; input < 6; ++input) {
+    if (!any_defined(grads)) return variable_list(kInputs);
+    InputSet needs_grad{};
+    for (std::size_t input = 0; input < kInputs; ++input) {
       needs_grad[input] = (present >> input & 1) != 0 && needs_input_grad[input];
     }
-    return second_order(saved_present, present, options, grads, needs_grad);
+    return second_order(tensors, present, options, grads, needs_grad);
   };
-  const auto& [grad_query, grad_key, grad_value, grad_mask] = result;
-  record_node("AttentionBackwardBackward", {grad_query, grad_key, grad_value, grad_mask},
-              {tensors.grad_out, tensors.grad_logsumexp.value_or(at::Tensor()), tensors.query,
-               tensors.key, tensors.value, tensors.attn_mask.value_or(at::Tensor())},
+  variable_list inputs;
+  for (const at::Tensor* input : differentiable_inputs(arguments, gradients)) {
+    inputs.push_back(input == nullptr ? at::Tensor() : *input);
+  }
+  record_node("AttentionBackwardBackward", gradient_list(BackwardResult(result)), inputs,
               saved.tensors(), formula);
   return result;
 }
 
-BackwardResult attention_backward_autograd(
-    const at::Tensor& grad_out, const OptionalTensor& grad_logsumexp, const at::Tensor& query,
-    const at::Tensor& key, const at::Tensor& value, const at::Tensor& out,
-    const at::Tensor& logsumexp, const OptionalTensor& attn_mask, double dropout_p, bool is_causal,
-    std::optional<double> scale, bool enable_gqa, c10::SymInt causal_offset,
-    const OptionalTensor& key_padding_mask, const OptionalTensor& dropout_seed,
-    std::array<bool, 4> output_mask, bool contiguous) {
-  check_tensor_kind(kBackwardOp, "query", query);
-  check_tensor_kind(kBackwardOp, "key", key);
-  check_tensor_kind(kBackwardOp, "value", value);
-  check_no_tangents(kBackwardOp, {&grad_out, given(grad_logsumexp), &query, &key, &value, &out,
-                                  &logsumexp, given(attn_mask)});
-  const AttentionOptions options{.dropout_p = dropout_p,
-                                 .is_causal = is_causal,
-                                 .scale = scale,
-                                 .enable_gqa = enable_gqa,
-                                 .causal_offset = std::move(causal_offset),
-                                 .contiguous = contiguous};
-  const BackwardTensors tensors{
-      grad_out,  grad_logsumexp,   query,       key, value, out, logsumexp,
-      attn_mask, key_padding_mask, dropout_seed};
-  const bool any_output = output_mask != std::array<bool, 4>{};
-  if (!any_output ||
-      !needs_gradient({&grad_out, given(grad_logsumexp), &query, &key, &value, given(attn_mask)})) {
-    return backward_below_autograd(tensors, options, output_mask);
+struct AutogradAttentionBackward {
+  static BackwardResult backward(const AttentionArguments& arguments,
+                                 const AttentionGradients& gradients) {
+    check_attention_kinds(kBackwardOp, arguments);
+    const auto inputs = differentiable_inputs(arguments, gradients);
+    check_no_tangents(kBackwardOp, inputs);
+    check_no_tangents(kBackwardOp, {gradients.out, gradients.logsumexp});
+    if (gradients.output_mask == GradientSet{} || !needs_gradient(inputs)) {
+      return backward_below_autograd(arguments, gradients);
+    }
+    if (in_functorch_transform()) return functorch_backward(arguments, gradients);
+    return collect(
+        AttentionBackwardFunction::apply(*gradients.grad_out, optional(gradients.grad_logsumexp),
+                                         *arguments.query, *arguments.key, *arguments.value,
+                                         optional(arguments.attn_mask), arguments, gradients),
+        gradients.output_mask);
   }
-  if (in_functorch_transform()) return functorch_backward(tensors, options, output_mask);
-  return collect(AttentionBackwardFunction::apply(grad_out, grad_logsumexp, query, key, value,
-                                                  attn_mask, tensors, options, output_mask),
-                 output_mask);
-}
+};
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(torch_ext, Autograd, m) {
-  m.impl("attention_backward", TORCH_FN(attention_backward_autograd));
+  m.impl("attention_backward", TORCH_FN(attention_backward_kernel<AutogradAttentionBackward>));
 }
 
 }  // namespace torch_ext

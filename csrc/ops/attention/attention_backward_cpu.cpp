@@ -1,18 +1,14 @@
 // torch_ext::attention_backward on the CPU.
-#include <ATen/ExpandUtils.h>
-#include <ATen/ops/empty_like.h>
 #include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
 #include "../../kernels/cpu/kernel_table.h"
 #include "../task_runner_aten.h"
 #include "../tensor_params.h"
-#include "attention_backward_outputs.h"
 #include "attention_call.h"
-#include "attention_checks.h"
 #include "attention_cpu.h"
-#include "attention_operators.h"
 #include "attention_path.h"
+#include "attention_signature.h"
 
 namespace torch_ext {
 namespace {
@@ -23,7 +19,7 @@ StridedView wanted_view(const at::Tensor& tensor) {
 
 }  // namespace
 
-void run_attention_backward_cpu(const AttentionArguments& arguments, std::int64_t causal_offset,
+void run_attention_backward_cpu(const AttentionArguments& arguments,
                                 const AttentionGradients& gradients,
                                 const AttentionGeometry<std::int64_t>& geometry,
                                 const AttentionGradientOutputs& outputs) {
@@ -34,32 +30,32 @@ void run_attention_backward_cpu(const AttentionArguments& arguments, std::int64_
     return record_attention_path("cpu.empty");
   }
   // The kernels read these two as the forward pass writes them: contiguous.
-  const c10::MaybeOwned<at::Tensor> logsumexp = gradients.logsumexp.expect_contiguous();
+  const c10::MaybeOwned<at::Tensor> logsumexp = gradients.logsumexp->expect_contiguous();
   at::Tensor grad_logsumexp;
   if (gradients.grad_logsumexp != nullptr) {
     grad_logsumexp = gradients.grad_logsumexp->to(logsumexp->scalar_type()).contiguous();
   }
-  const at::ScalarType type = arguments.query.scalar_type();
-  const auto grad_out = gradients.grad_out.scalar_type() == type
-                            ? c10::MaybeOwned<at::Tensor>::borrowed(gradients.grad_out)
-                            : c10::MaybeOwned<at::Tensor>::owned(gradients.grad_out.to(type));
+  const at::ScalarType type = arguments.query->scalar_type();
+  const auto grad_out = gradients.grad_out->scalar_type() == type
+                            ? c10::MaybeOwned<at::Tensor>::borrowed(*gradients.grad_out)
+                            : c10::MaybeOwned<at::Tensor>::owned(gradients.grad_out->to(type));
   const AttentionBackwardParams params{
-      .dtype = kernel_scalar_type(arguments.query.scalar_type()),
+      .dtype = kernel_scalar_type(arguments.query->scalar_type()),
       .shape = attention_shape(geometry),
-      .query = strided_view(arguments.query),
-      .key = strided_view(arguments.key),
-      .value = strided_view(arguments.value),
-      .out = strided_view(gradients.out),
+      .query = strided_view(*arguments.query),
+      .key = strided_view(*arguments.key),
+      .value = strided_view(*arguments.value),
+      .out = strided_view(*gradients.out),
       .grad_out = strided_view(*grad_out),
       .logsumexp = logsumexp->const_data_ptr(),
       .grad_logsumexp =
           gradients.grad_logsumexp == nullptr ? nullptr : grad_logsumexp.const_data_ptr(),
-      .unrounded_grads = outputs.unrounded(arguments.query.scalar_type()),
+      .unrounded_grads = outputs.unrounded(arguments.query->scalar_type()),
       .grad_query = wanted_view(outputs.query),
       .grad_key = wanted_view(outputs.key),
       .grad_value = wanted_view(outputs.value),
       .grad_mask = wanted_view(outputs.mask),
-      .transform = score_transform(arguments, geometry, causal_offset),
+      .transform = score_transform(arguments, geometry),
       .dropout = attention_dropout(arguments)};
   const KernelTable& table = kernel_table();
   const AtenTaskRunner runner(2 * attention_workers(geometry));
@@ -68,47 +64,8 @@ void run_attention_backward_cpu(const AttentionArguments& arguments, std::int64_
   record_attention_path(table.attention_backward(params, runner, workspace.get()));
 }
 
-namespace {
-
-BackwardResult attention_backward_cpu(
-    const at::Tensor& grad_out, const OptionalTensor& grad_logsumexp, const at::Tensor& query,
-    const at::Tensor& key, const at::Tensor& value, const at::Tensor& out,
-    const at::Tensor& logsumexp, const OptionalTensor& attn_mask, double dropout_p, bool is_causal,
-    std::optional<double> scale, bool enable_gqa, std::int64_t causal_offset,
-    const OptionalTensor& key_padding_mask, const OptionalTensor& dropout_seed,
-    std::array<bool, 4> output_mask, bool contiguous) {
-  const AttentionArguments arguments{.query = query,
-                                     .key = key,
-                                     .value = value,
-                                     .attn_mask = given(attn_mask),
-                                     .dropout_p = dropout_p,
-                                     .is_causal = is_causal,
-                                     .scale = scale,
-                                     .enable_gqa = enable_gqa,
-                                     .key_padding_mask = given(key_padding_mask),
-                                     .dropout_seed = given(dropout_seed),
-                                     .contiguous = contiguous};
-  const AttentionGradients gradients{.grad_out = grad_out,
-                                     .grad_logsumexp = given(grad_logsumexp),
-                                     .out = out,
-                                     .logsumexp = logsumexp,
-                                     .output_mask = output_mask};
-  constexpr const char* kOp = "attention_backward";
-  const auto geometry = check_attention<std::int64_t>(kOp, arguments, SeedArgument::kRequired);
-  check_attention_gradients(kOp, arguments, gradients, geometry);
-  const AttentionGradientOutputs outputs =
-      attention_gradient_outputs(arguments, output_mask, geometry);
-  if (outputs.query.defined() || outputs.key.defined() || outputs.value.defined() ||
-      outputs.mask.defined()) {
-    run_attention_backward_cpu(arguments, causal_offset, gradients, geometry, outputs);
-  }
-  return reduced_gradients(arguments, outputs);
-}
-
-}  // namespace
-
 TORCH_LIBRARY_IMPL(torch_ext, CPU, m) {
-  m.impl("attention_backward", TORCH_FN(attention_backward_cpu));
+  m.impl("attention_backward", TORCH_FN(attention_backward_kernel<CpuAttention>));
 }
 
 }  // namespace torch_ext

@@ -9,12 +9,10 @@
 #include "../../kernels/cuda/attention_kernels.h"
 #include "../cuda_float32_precision.h"
 #include "../tensor_params.h"
-#include "attention_backward_outputs.h"
 #include "attention_call.h"
-#include "attention_checks.h"
 #include "attention_cuda.h"
-#include "attention_operators.h"
 #include "attention_path.h"
+#include "attention_signature.h"
 
 namespace torch_ext {
 namespace {
@@ -31,11 +29,11 @@ std::size_t shared_memory_limit(c10::DeviceIndex device) {
 
 }  // namespace
 
-void run_attention_backward_cuda(const AttentionArguments& arguments, std::int64_t causal_offset,
+void run_attention_backward_cuda(const AttentionArguments& arguments,
                                  const AttentionGradients& gradients,
                                  const AttentionGeometry<std::int64_t>& geometry,
                                  const AttentionGradientOutputs& outputs) {
-  const c10::cuda::CUDAGuard guard(arguments.query.device());
+  const c10::cuda::CUDAGuard guard(arguments.query->device());
   if (has_no_scores(geometry)) {
     for (const at::Tensor* grad : {&outputs.query, &outputs.key, &outputs.value, &outputs.mask}) {
       if (grad->defined()) grad->zero_();
@@ -43,35 +41,35 @@ void run_attention_backward_cuda(const AttentionArguments& arguments, std::int64
     return record_attention_path("cuda.empty");
   }
   // The kernels read these two as the forward pass writes them: contiguous.
-  const c10::MaybeOwned<at::Tensor> logsumexp = gradients.logsumexp.expect_contiguous();
+  const c10::MaybeOwned<at::Tensor> logsumexp = gradients.logsumexp->expect_contiguous();
   at::Tensor grad_logsumexp;
   if (gradients.grad_logsumexp != nullptr) {
     grad_logsumexp = gradients.grad_logsumexp->to(logsumexp->scalar_type()).contiguous();
   }
   const bool allow_tf32 = allows_tf32();
-  const at::Tensor query = with_unit_columns(arguments.query, allow_tf32);
-  const at::Tensor key = with_unit_columns(arguments.key, allow_tf32);
-  const at::Tensor value = with_unit_columns(arguments.value, allow_tf32);
+  const at::Tensor query = with_unit_columns(*arguments.query, allow_tf32);
+  const at::Tensor key = with_unit_columns(*arguments.key, allow_tf32);
+  const at::Tensor value = with_unit_columns(*arguments.value, allow_tf32);
   const at::Tensor grad_out =
-      with_unit_columns(gradients.grad_out.to(query.scalar_type()), allow_tf32);
-  const AttentionBackwardParams params{
-      .dtype = kernel_scalar_type(query.scalar_type()),
-      .shape = attention_shape(geometry),
-      .query = strided_view(query),
-      .key = strided_view(key),
-      .value = strided_view(value),
-      .out = strided_view(gradients.out),
-      .grad_out = strided_view(grad_out),
-      .logsumexp = logsumexp->const_data_ptr(),
-      .grad_logsumexp =
-          gradients.grad_logsumexp == nullptr ? nullptr : grad_logsumexp.const_data_ptr(),
-      .unrounded_grads = outputs.unrounded(query.scalar_type()),
-      .grad_query = wanted_view(outputs.query),
-      .grad_key = wanted_view(outputs.key),
-      .grad_value = wanted_view(outputs.value),
-      .grad_mask = wanted_view(outputs.mask),
-      .transform = score_transform(arguments, geometry, causal_offset),
-      .dropout = attention_dropout(arguments)};
+      with_unit_columns(gradients.grad_out->to(query.scalar_type()), allow_tf32);
+  const AttentionBackwardParams params{.dtype = kernel_scalar_type(query.scalar_type()),
+                                       .shape = attention_shape(geometry),
+                                       .query = strided_view(query),
+                                       .key = strided_view(key),
+                                       .value = strided_view(value),
+                                       .out = strided_view(*gradients.out),
+                                       .grad_out = strided_view(grad_out),
+                                       .logsumexp = logsumexp->const_data_ptr(),
+                                       .grad_logsumexp = gradients.grad_logsumexp == nullptr
+                                                             ? nullptr
+                                                             : grad_logsumexp.const_data_ptr(),
+                                       .unrounded_grads = outputs.unrounded(query.scalar_type()),
+                                       .grad_query = wanted_view(outputs.query),
+                                       .grad_key = wanted_view(outputs.key),
+                                       .grad_value = wanted_view(outputs.value),
+                                       .grad_mask = wanted_view(outputs.mask),
+                                       .transform = score_transform(arguments, geometry),
+                                       .dropout = attention_dropout(arguments)};
   const cuda::CudaBackwardSchedule schedule = cuda::schedule_backward(
       params, {.deterministic = at::globalContext().deterministicAlgorithms(),
                .shared_limit = shared_memory_limit(query.device().index()),
@@ -84,47 +82,8 @@ void run_attention_backward_cuda(const AttentionArguments& arguments, std::int64
   record_attention_path(launch.path);
 }
 
-namespace {
-
-BackwardResult attention_backward_cuda(
-    const at::Tensor& grad_out, const OptionalTensor& grad_logsumexp, const at::Tensor& query,
-    const at::Tensor& key, const at::Tensor& value, const at::Tensor& out,
-    const at::Tensor& logsumexp, const OptionalTensor& attn_mask, double dropout_p, bool is_causal,
-    std::optional<double> scale, bool enable_gqa, std::int64_t causal_offset,
-    const OptionalTensor& key_padding_mask, const OptionalTensor& dropout_seed,
-    std::array<bool, 4> output_mask, bool contiguous) {
-  const AttentionArguments arguments{.query = query,
-                                     .key = key,
-                                     .value = value,
-                                     .attn_mask = given(attn_mask),
-                                     .dropout_p = dropout_p,
-                                     .is_causal = is_causal,
-                                     .scale = scale,
-                                     .enable_gqa = enable_gqa,
-                                     .key_padding_mask = given(key_padding_mask),
-                                     .dropout_seed = given(dropout_seed),
-                                     .contiguous = contiguous};
-  const AttentionGradients gradients{.grad_out = grad_out,
-                                     .grad_logsumexp = given(grad_logsumexp),
-                                     .out = out,
-                                     .logsumexp = logsumexp,
-                                     .output_mask = output_mask};
-  constexpr const char* kOp = "attention_backward";
-  const auto geometry = check_attention<std::int64_t>(kOp, arguments, SeedArgument::kRequired);
-  check_attention_gradients(kOp, arguments, gradients, geometry);
-  const AttentionGradientOutputs outputs =
-      attention_gradient_outputs(arguments, output_mask, geometry);
-  if (outputs.query.defined() || outputs.key.defined() || outputs.value.defined() ||
-      outputs.mask.defined()) {
-    run_attention_backward_cuda(arguments, causal_offset, gradients, geometry, outputs);
-  }
-  return reduced_gradients(arguments, outputs);
-}
-
-}  // namespace
-
 TORCH_LIBRARY_IMPL(torch_ext, CUDA, m) {
-  m.impl("attention_backward", TORCH_FN(attention_backward_cuda));
+  m.impl("attention_backward", TORCH_FN(attention_backward_kernel<CudaAttention>));
 }
 
 }  // namespace torch_ext

@@ -35,11 +35,11 @@ at::Tensor reduced(const at::Tensor& grad, const at::Tensor& input) {
 
 template <typename Int>
 AttentionGradientOutputs attention_gradient_outputs(const AttentionArguments& arguments,
-                                                    std::array<bool, 4> output_mask,
+                                                    GradientSet output_mask,
                                                     const AttentionGeometry<Int>& geometry) {
-  const at::Tensor& query = arguments.query;
-  const at::Tensor& key = arguments.key;
-  const at::Tensor& value = arguments.value;
+  const at::Tensor& query = *arguments.query;
+  const at::Tensor& key = *arguments.key;
+  const at::Tensor& value = *arguments.value;
   // What is summed over a broadcast is rounded once, after that.
   const bool all_same = same_sizes<Int>(sizes_of<Int>(query), geometry.query_sizes()) &&
                         same_sizes<Int>(sizes_of<Int>(key), geometry.key_sizes()) &&
@@ -49,22 +49,21 @@ AttentionGradientOutputs attention_gradient_outputs(const AttentionArguments& ar
     return attention_gradient(arguments, geometry, input, type);
   };
   AttentionGradientOutputs outputs;
-  if (output_mask[0]) outputs.query = gradient(AttentionTensor::kQuery);
-  if (output_mask[1]) outputs.key = gradient(AttentionTensor::kKey);
-  if (output_mask[2]) outputs.value = gradient(AttentionTensor::kValue);
-  if (output_mask[3]) {
+  if (output_mask[kQuery]) outputs.query = gradient(kQuery);
+  if (output_mask[kKey]) outputs.key = gradient(kKey);
+  if (output_mask[kValue]) outputs.value = gradient(kValue);
+  if (output_mask[kMask]) {
     const at::Tensor& mask = *arguments.attn_mask;
     outputs.mask =
-        at::empty_like(mask, mask.options().dtype(accumulate_type(arguments.query.scalar_type())),
+        at::empty_like(mask, mask.options().dtype(accumulate_type(arguments.query->scalar_type())),
                        at::MemoryFormat::Contiguous);
   }
   return outputs;
 }
 
 template AttentionGradientOutputs attention_gradient_outputs(
-    const AttentionArguments&, std::array<bool, 4>, const AttentionGeometry<std::int64_t>&);
-template AttentionGradientOutputs attention_gradient_outputs(const AttentionArguments&,
-                                                             std::array<bool, 4>,
+    const AttentionArguments&, GradientSet, const AttentionGeometry<std::int64_t>&);
+template AttentionGradientOutputs attention_gradient_outputs(const AttentionArguments&, GradientSet,
                                                              const AttentionGeometry<c10::SymInt>&);
 
 at::Tensor mask_gradient(const AttentionArguments& arguments,
@@ -75,8 +74,8 @@ at::Tensor mask_gradient(const AttentionArguments& arguments,
 
 BackwardResult reduced_gradients(const AttentionArguments& arguments,
                                  const AttentionGradientOutputs& outputs) {
-  return {reduced(outputs.query, arguments.query), reduced(outputs.key, arguments.key),
-          reduced(outputs.value, arguments.value), mask_gradient(arguments, outputs)};
+  return {reduced(outputs.query, *arguments.query), reduced(outputs.key, *arguments.key),
+          reduced(outputs.value, *arguments.value), mask_gradient(arguments, outputs)};
 }
 
 }  // namespace torch_ext

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "attention_arguments.h"
-#include "attention_operators.h"
 
 namespace torch_ext {
 
@@ -28,13 +27,13 @@ struct AttentionGradientOutputs {
 /// In the memory order of attention_layout.h; that of the mask is contiguous, as torch's.
 template <typename Int>
 AttentionGradientOutputs attention_gradient_outputs(const AttentionArguments& arguments,
-                                                    std::array<bool, 4> output_mask,
+                                                    GradientSet output_mask,
                                                     const AttentionGeometry<Int>& geometry);
 
 extern template AttentionGradientOutputs attention_gradient_outputs(
-    const AttentionArguments&, std::array<bool, 4>, const AttentionGeometry<std::int64_t>&);
+    const AttentionArguments&, GradientSet, const AttentionGeometry<std::int64_t>&);
 extern template AttentionGradientOutputs attention_gradient_outputs(
-    const AttentionArguments&, std::array<bool, 4>, const AttentionGeometry<c10::SymInt>&);
+    const AttentionArguments&, GradientSet, const AttentionGeometry<c10::SymInt>&);
 
 /// outputs.mask in the mask's dtype.
 at::Tensor mask_gradient(const AttentionArguments& arguments,

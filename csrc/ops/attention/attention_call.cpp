@@ -28,8 +28,8 @@ double attention_scale(const AttentionArguments& arguments, std::int64_t head_di
 }  // namespace
 
 ScoreTransform score_transform(const AttentionArguments& arguments,
-                               const AttentionGeometry<std::int64_t>& geometry,
-                               std::int64_t causal_offset) {
+                               const AttentionGeometry<std::int64_t>& geometry) {
+  const std::int64_t causal_offset = arguments.causal_offset.guard_int(__FILE__, __LINE__);
   ScoreTransform transform{
       .scale = attention_scale(arguments, geometry.head_dim),
       // Beyond these two ends nothing changes, and the kernels' sums cannot overflow.
@@ -60,17 +60,16 @@ bool has_no_scores(const AttentionGeometry<std::int64_t>& geometry) {
 }
 
 AttentionForwardParams forward_params(const AttentionArguments& arguments,
-                                      std::int64_t causal_offset,
                                       const AttentionGeometry<std::int64_t>& geometry,
                                       const at::Tensor& out, const at::Tensor* logsumexp) {
-  return {.dtype = kernel_scalar_type(arguments.query.scalar_type()),
+  return {.dtype = kernel_scalar_type(arguments.query->scalar_type()),
           .shape = attention_shape(geometry),
-          .query = strided_view(arguments.query),
-          .key = strided_view(arguments.key),
-          .value = strided_view(arguments.value),
+          .query = strided_view(*arguments.query),
+          .key = strided_view(*arguments.key),
+          .value = strided_view(*arguments.value),
           .out = mutable_strided_view(out),
           .logsumexp = logsumexp == nullptr ? nullptr : logsumexp->mutable_data_ptr(),
-          .transform = score_transform(arguments, geometry, causal_offset),
+          .transform = score_transform(arguments, geometry),
           .dropout = attention_dropout(arguments)};
 }
 

@@ -43,8 +43,8 @@ Int size_or_one(const at::Tensor& tensor, std::int64_t from_right) {
 template <typename Int>
 Int broadcast_batch_size(const char* op, const AttentionArguments& arguments,
                          std::int64_t from_right) {
-  Int size = size_or_one<Int>(arguments.query, from_right);
-  for (const at::Tensor* tensor : {&arguments.key, &arguments.value}) {
+  Int size = size_or_one<Int>(*arguments.query, from_right);
+  for (const at::Tensor* tensor : {arguments.key, arguments.value}) {
     const Int other = size_or_one<Int>(*tensor, from_right);
     if (is_one(other)) continue;
     if (is_one(size)) {
@@ -53,8 +53,8 @@ Int broadcast_batch_size(const char* op, const AttentionArguments& arguments,
     }
     TORCH_CHECK(equal(size, other), "torch_ext::", op,
                 ": query, key and value take batch dimensions that broadcast, got query ",
-                arguments.query.sym_sizes(), ", key ", arguments.key.sym_sizes(), " and value ",
-                arguments.value.sym_sizes());
+                arguments.query->sym_sizes(), ", key ", arguments.key->sym_sizes(), " and value ",
+                arguments.value->sym_sizes());
   }
   return size;
 }
@@ -62,16 +62,16 @@ Int broadcast_batch_size(const char* op, const AttentionArguments& arguments,
 template <typename Int>
 void broadcast_heads(const char* op, const AttentionArguments& arguments,
                      AttentionGeometry<Int>& geometry) {
-  const Int query_heads = size_or_one<Int>(arguments.query, 2);
-  const Int key_heads = size_or_one<Int>(arguments.key, 2);
-  const Int value_heads = size_or_one<Int>(arguments.value, 2);
-  TORCH_CHECK(!arguments.enable_gqa || (arguments.query.dim() >= 3 && arguments.key.dim() >= 3 &&
-                                        arguments.value.dim() >= 3),
+  const Int query_heads = size_or_one<Int>(*arguments.query, 2);
+  const Int key_heads = size_or_one<Int>(*arguments.key, 2);
+  const Int value_heads = size_or_one<Int>(*arguments.value, 2);
+  TORCH_CHECK(!arguments.enable_gqa || (arguments.query->dim() >= 3 && arguments.key->dim() >= 3 &&
+                                        arguments.value->dim() >= 3),
               "torch_ext::", op,
               ": enable_gqa takes query, key and value with a dimension of heads, (..., heads, "
               "length, head_dim), got query ",
-              arguments.query.sym_sizes(), ", key ", arguments.key.sym_sizes(), " and value ",
-              arguments.value.sym_sizes());
+              arguments.query->sym_sizes(), ", key ", arguments.key->sym_sizes(), " and value ",
+              arguments.value->sym_sizes());
   geometry.kv_heads = is_one(key_heads) ? value_heads : key_heads;
   TORCH_CHECK(is_one(value_heads) || equal(geometry.kv_heads, value_heads), "torch_ext::", op,
               ": value takes as many heads as key, ", key_heads, ", or one, got ", value_heads);
@@ -107,7 +107,7 @@ template <typename Int>
 void check_mask(const char* op, const AttentionArguments& arguments,
                 const AttentionGeometry<Int>& geometry) {
   const at::Tensor& mask = *arguments.attn_mask;
-  const at::Tensor& query = arguments.query;
+  const at::Tensor& query = *arguments.query;
   TORCH_CHECK(!mask.is_nested() && mask.layout() == at::kStrided, "torch_ext::", op,
               ": attn_mask takes a dense tensor; nested and sparse ones are not supported");
   TORCH_CHECK(mask.scalar_type() == at::kBool || mask.scalar_type() == at::kFloat ||
@@ -133,8 +133,8 @@ void check_key_padding_mask(const char* op, const AttentionArguments& arguments,
               ": key_padding_mask takes a dense tensor; nested and sparse ones are not supported");
   TORCH_CHECK(mask.scalar_type() == at::kBool, "torch_ext::", op,
               ": key_padding_mask takes Bool, True = ignore, got ", mask.scalar_type());
-  TORCH_CHECK(mask.device() == arguments.query.device(), "torch_ext::", op,
-              ": key_padding_mask takes the device of query, ", arguments.query.device(), ", got ",
+  TORCH_CHECK(mask.device() == arguments.query->device(), "torch_ext::", op,
+              ": key_padding_mask takes the device of query, ", arguments.query->device(), ", got ",
               mask.device());
   check_readable(op, "key_padding_mask", mask);
   typename AttentionGeometry<Int>::Sizes target;
@@ -167,9 +167,9 @@ void check_tensor_kind(const char* op, const char* name, const at::Tensor& tenso
 }
 
 void check_attention_kinds(const char* op, const AttentionArguments& arguments) {
-  check_tensor_kind(op, "query", arguments.query);
-  check_tensor_kind(op, "key", arguments.key);
-  check_tensor_kind(op, "value", arguments.value);
+  check_tensor_kind(op, "query", *arguments.query);
+  check_tensor_kind(op, "key", *arguments.key);
+  check_tensor_kind(op, "value", *arguments.value);
 }
 
 void check_dropout_p(const char* op, double dropout_p) {
@@ -196,7 +196,7 @@ void check_score_sizes(const char* op, std::size_t dims) {
               dims);
 }
 
-void check_no_tangents(const char* op, std::initializer_list<const at::Tensor*> tensors) {
+void check_no_tangents(const char* op, c10::ArrayRef<const at::Tensor*> tensors) {
   for (const at::Tensor* tensor : tensors) {
     TORCH_CHECK_NOT_IMPLEMENTED(
         tensor == nullptr || !tensor->defined() || !tensor->_fw_grad(/*level=*/0).defined(),
@@ -209,9 +209,9 @@ void check_no_tangents(const char* op, std::initializer_list<const at::Tensor*> 
 template <typename Int>
 AttentionGeometry<Int> check_attention(const char* op, const AttentionArguments& arguments,
                                        SeedArgument seed) {
-  const at::Tensor& query = arguments.query;
-  const at::Tensor& key = arguments.key;
-  const at::Tensor& value = arguments.value;
+  const at::Tensor& query = *arguments.query;
+  const at::Tensor& key = *arguments.key;
+  const at::Tensor& value = *arguments.value;
   check_attention_kinds(op, arguments);
   check_like_query(op, "key", key, query);
   check_like_query(op, "value", value, query);
@@ -249,7 +249,7 @@ void check_attention_options(const char* op, const AttentionArguments& arguments
   if (arguments.attn_mask != nullptr) check_mask(op, arguments, geometry);
   if (arguments.key_padding_mask != nullptr) check_key_padding_mask(op, arguments, geometry);
   if (seed == SeedArgument::kRequired && arguments.dropout_p > 0.0) {
-    check_dropout_seed(op, arguments.dropout_seed, arguments.query.device());
+    check_dropout_seed(op, arguments.dropout_seed, arguments.query->device());
   }
 }
 
@@ -285,7 +285,7 @@ template <typename Int>
 void check_attention_gradients(const char* op, const AttentionArguments& arguments,
                                const AttentionGradients& gradients,
                                const AttentionGeometry<Int>& geometry) {
-  const at::Tensor& query = arguments.query;
+  const at::Tensor& query = *arguments.query;
   const at::ScalarType dtype = query.scalar_type();
   const auto out_sizes = geometry.out_sizes();
   const auto logsumexp_sizes = geometry.logsumexp_sizes();
@@ -293,15 +293,15 @@ void check_attention_gradients(const char* op, const AttentionArguments& argumen
   constexpr const char* kLogsumexp = "(batch..., heads, q_len)";
   // Compilers send gradients in the type that they computed them in.
   constexpr std::optional<at::ScalarType> kAnyType = std::nullopt;
-  check_gradient_tensor<Int>(op, "grad_out", gradients.grad_out, kAnyType, query, kOut, out_sizes);
-  check_gradient_tensor<Int>(op, "out", gradients.out, dtype, query, kOut, out_sizes);
-  check_gradient_tensor<Int>(op, "logsumexp", gradients.logsumexp, accumulate_type(dtype), query,
+  check_gradient_tensor<Int>(op, "grad_out", *gradients.grad_out, kAnyType, query, kOut, out_sizes);
+  check_gradient_tensor<Int>(op, "out", *gradients.out, dtype, query, kOut, out_sizes);
+  check_gradient_tensor<Int>(op, "logsumexp", *gradients.logsumexp, accumulate_type(dtype), query,
                              kLogsumexp, logsumexp_sizes);
   if (gradients.grad_logsumexp != nullptr) {
     check_gradient_tensor<Int>(op, "grad_logsumexp", *gradients.grad_logsumexp, kAnyType, query,
                                kLogsumexp, logsumexp_sizes);
   }
-  TORCH_CHECK(!gradients.output_mask[3] ||
+  TORCH_CHECK(!gradients.output_mask[kMask] ||
                   (arguments.attn_mask != nullptr && arguments.attn_mask->is_floating_point()),
               "torch_ext::", op,
               ": output_mask takes True for attn_mask only where it is an additive mask");

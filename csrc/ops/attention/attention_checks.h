@@ -39,15 +39,6 @@ extern template void check_attention_options(const char*, const AttentionArgumen
 extern template void check_attention_options(const char*, const AttentionArguments&,
                                              const AttentionGeometry<c10::SymInt>&, SeedArgument);
 
-/// What attention_backward() has beside the arguments of the forward pass.
-struct AttentionGradients {
-  const at::Tensor& grad_out;        // as out, of any floating type
-  const at::Tensor* grad_logsumexp;  // as logsumexp, of any floating type, or null
-  const at::Tensor& out;             // (batch..., query_heads, q_len, value_dim)
-  const at::Tensor& logsumexp;       // (batch..., query_heads, q_len)
-  std::array<bool, 4> output_mask;   // of query, key, value, attn_mask
-};
-
 template <typename Int>
 void check_attention_gradients(const char* op, const AttentionArguments& arguments,
                                const AttentionGradients& gradients,
@@ -71,6 +62,6 @@ void check_score_sizes(const char* op, std::size_t dims);
 
 /// Raises when forward-mode AD differentiates through any of `tensors`: the operators have no
 /// tangents, and zeros would be silently wrong.
-void check_no_tangents(const char* op, std::initializer_list<const at::Tensor*> tensors);
+void check_no_tangents(const char* op, c10::ArrayRef<const at::Tensor*> tensors);
 
 }  // namespace torch_ext

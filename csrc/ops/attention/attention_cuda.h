@@ -2,20 +2,21 @@
 #pragma once
 
 #include "attention_arguments.h"
-#include "attention_backward_outputs.h"
-#include "attention_checks.h"
+#include "attention_device.h"
 
 namespace torch_ext {
 
 /// Computes into `out`, which has any strides. `logsumexp` is contiguous, or null: not wanted.
-void run_attention_forward_cuda(const AttentionArguments& arguments, std::int64_t causal_offset,
+void run_attention_forward_cuda(const AttentionArguments& arguments,
                                 const AttentionGeometry<std::int64_t>& geometry,
                                 const at::Tensor& out, const at::Tensor* logsumexp);
 
-void run_attention_backward_cuda(const AttentionArguments& arguments, std::int64_t causal_offset,
+void run_attention_backward_cuda(const AttentionArguments& arguments,
                                  const AttentionGradients& gradients,
                                  const AttentionGeometry<std::int64_t>& geometry,
                                  const AttentionGradientOutputs& outputs);
+
+using CudaAttention = DeviceAttention<run_attention_forward_cuda, run_attention_backward_cuda>;
 
 /// What the tensor core kernels take: columns one behind the other. Others are copied if they are
 /// of 16 bits, or of fp32 that may be rounded to TF32; the other kernels take any strides.

@@ -7,8 +7,9 @@
 
 #include "attention_autograd.h"
 #include "attention_checks.h"
+#include "attention_cpu.h"
 #include "attention_layout.h"
-#include "attention_operators.h"
+#include "attention_signature.h"
 #include "functorch_node.h"
 #include "plain_dispatch.h"
 
@@ -20,97 +21,75 @@ using torch::autograd::variable_list;
 
 constexpr const char* kForwardOp = "attention_forward";
 
-// Positions in the list of saved tensors. Those from kMask on may be absent.
-enum Saved : std::size_t {
-  kQuery,
-  kKey,
-  kValue,
-  kOut,
-  kLogsumexp,
-  kMask,
-  kPadding,
-  kSeed,
-  kSavedCount
-};
+// Behind out and logsumexp in the saved list: the tensors of the call.
+constexpr std::size_t kSavedCall = 2;
 
-BackwardResult gradients(const variable_list& saved, const variable_list& grads,
-                         const AttentionOptions& options, std::array<bool, 4> needs_grad) {
+variable_list expand_saved(const variable_list& tensors, std::int64_t present) {
+  return SparseTensorList::expand(tensors, present, kSavedCall + kTensorCount);
+}
+
+variable_list gradients(const variable_list& saved, const variable_list& grads,
+                        const AttentionArguments& options, const GradientSet& needs_grad) {
   at::Tensor grad_out = grads[0];
   if (!grad_out.defined()) {
     // Only logsumexp was used. One zero, read as a tensor of out's shape.
-    const at::Tensor& out = saved[kOut];
+    const at::Tensor& out = saved[kSavedOut];
     grad_out = at::zeros({}, out.options()).expand_symint(out.sym_sizes());
   }
-  return call_attention_backward(
-      grad_out, optional(grads[1]), saved[kQuery], saved[kKey], saved[kValue], saved[kOut],
-      saved[kLogsumexp], optional(saved[kMask]), options.dropout_p, options.is_causal,
-      options.scale, options.enable_gqa, options.causal_offset, optional(saved[kPadding]),
-      optional(saved[kSeed]), needs_grad, options.contiguous);
+  return gradient_list(call_attention_backward(
+      options.with_tensors(c10::ArrayRef<at::Tensor>(saved).slice(kSavedCall)),
+      {.grad_out = &grad_out,
+       .grad_logsumexp = given(grads[1]),
+       .out = &saved[kSavedOut],
+       .logsumexp = &saved[kSavedLogsumexp],
+       .output_mask = needs_grad}));
 }
 
-ForwardResult forward_below_autograd(const at::Tensor& query, const at::Tensor& key,
-                                     const at::Tensor& value, const OptionalTensor& attn_mask,
-                                     const AttentionOptions& options,
-                                     const OptionalTensor& key_padding_mask,
-                                     const OptionalTensor& dropout_seed) {
+ForwardResult forward_below_autograd(const AttentionArguments& arguments) {
   const at::AutoDispatchBelowADInplaceOrView guard;
-  return call_attention_forward(query, key, value, attn_mask, options.dropout_p, options.is_causal,
-                                options.scale, options.enable_gqa, options.causal_offset,
-                                key_padding_mask, dropout_seed, options.contiguous);
+  return call_attention_forward(arguments);
 }
 
 /// Whether torch would run its flash kernel, which keeps out and an additive mask as variables.
-bool torch_keeps_variables(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                           const OptionalTensor& attn_mask, const AttentionOptions& options) {
-  const AttentionArguments arguments{.query = query,
-                                     .key = key,
-                                     .value = value,
-                                     .attn_mask = given(attn_mask),
-                                     .dropout_p = options.dropout_p,
-                                     .is_causal = options.is_causal,
-                                     .scale = options.scale,
-                                     .enable_gqa = options.enable_gqa,
-                                     .contiguous = options.contiguous};
+bool torch_keeps_variables(const AttentionArguments& arguments) {
   return is_flash_call(
       arguments, check_attention<c10::SymInt>(kForwardOp, arguments, SeedArgument::kDrawnLater));
 }
 
-/// Boolean masks are copies, additive ones too where torch keeps none.
-SparseTensorList saved_tensors(const at::Tensor& query, const at::Tensor& key,
-                               const at::Tensor& value, const at::Tensor& out,
-                               const at::Tensor& logsumexp, const OptionalTensor& attn_mask,
-                               const OptionalTensor& key_padding_mask,
-                               const OptionalTensor& dropout_seed, bool keeps_variables) {
-  const at::Tensor* mask = given(attn_mask);
-  const bool mask_is_kept =
-      mask != nullptr && mask->is_floating_point() && (keeps_variables || mask->requires_grad());
-  const at::Tensor own_mask = mask_is_kept ? *mask : mask_copy(mask);
-  const at::Tensor own_padding = mask_copy(given(key_padding_mask));
+SparseTensorList saved_list(const AttentionArguments& arguments, const at::Tensor& out,
+                            const at::Tensor& logsumexp, bool keeps_variables) {
+  const at::Tensor* mask = arguments.attn_mask;
   SparseTensorList saved;
-  for (const at::Tensor* tensor :
-       {&query, &key, &value, &out, &logsumexp, &own_mask, &own_padding, given(dropout_seed)}) {
+  saved.push(out);
+  saved.push(logsumexp);
+  for (const at::Tensor& tensor :
+       saved_tensors(arguments, keeps_variables || (mask != nullptr && mask->requires_grad()))) {
     saved.push(tensor);
   }
-  return saved;
-}
-
-variable_list expand_saved(const variable_list& tensors, std::int64_t present) {
-  variable_list saved = SparseTensorList::expand(tensors, present);
-  saved.resize(kSavedCount);
   return saved;
 }
 
 struct AttentionFunction : public torch::autograd::Function<AttentionFunction> {
   static constexpr bool is_traceable = true;
 
-  static variable_list forward(AutogradContext* context, const at::Tensor& query,
-                               const at::Tensor& key, const at::Tensor& value,
-                               const OptionalTensor& attn_mask, const AttentionOptions& options,
-                               const OptionalTensor& key_padding_mask,
-                               const OptionalTensor& dropout_seed) {
-    auto [out, logsumexp] = forward_below_autograd(query, key, value, attn_mask, options,
-                                                   key_padding_mask, dropout_seed);
-    const bool keeps_variables = torch_keeps_variables(query, key, value, attn_mask, options);
+  // The differentiable inputs come one by one for apply() to find them, and once more in
+  // `arguments`. `checked`: their geometry, and null where they have yet to be checked.
+  static variable_list forward(AutogradContext* context, const at::Tensor& /*query*/,
+                               const at::Tensor& /*key*/, const at::Tensor& /*value*/,
+                               const OptionalTensor& /*attn_mask*/,
+                               const AttentionArguments& arguments,
+                               const AttentionGeometry<std::int64_t>* checked) {
+    ForwardResult result;
+    bool keeps_variables = false;
+    if (checked != nullptr) {
+      const at::AutoDispatchBelowADInplaceOrView guard;
+      result = CpuAttention::forward(arguments, *checked);
+      keeps_variables = is_flash_call(arguments, *checked);
+    } else {
+      result = forward_below_autograd(arguments);
+      keeps_variables = torch_keeps_variables(arguments);
+    }
+    const auto& [out, logsumexp] = result;
     // Where torch does not keep out, its owner may write it in place: then, and only then, a lazy
     // clone becomes a copy.
     at::Tensor own_out = out;
@@ -118,91 +97,84 @@ struct AttentionFunction : public torch::autograd::Function<AttentionFunction> {
       const at::DisableRecordFunctionGuard one_entry_a_call;  // in a profile
       own_out = at::_lazy_clone(out);
     }
-    const SparseTensorList saved = saved_tensors(query, key, value, own_out, logsumexp, attn_mask,
-                                                 key_padding_mask, dropout_seed, keeps_variables);
+    const SparseTensorList saved = saved_list(arguments, own_out, logsumexp, keeps_variables);
     context->save_for_backward(saved.tensors());
     context->saved_data["present"] = saved.present();
-    options.save(*context);
+    save_options(*context, arguments);
     context->set_materialize_grads(false);
     return {out, logsumexp};
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
-    variable_list result(7);
+    variable_list result(kGradientCount + 2);
     if (!grads[0].defined() && !grads[1].defined()) return result;
     const variable_list saved =
         expand_saved(context->get_saved_variables(), context->saved_data.at("present").toInt());
-    // Edges count the given tensors only: attn_mask is the fourth where it is there.
-    const std::array<bool, 4> needs_grad{
-        context->needs_input_grad(0), context->needs_input_grad(1), context->needs_input_grad(2),
-        saved[kMask].defined() && saved[kMask].is_floating_point() && context->needs_input_grad(3)};
-    std::tie(result[0], result[1], result[2], result[3]) =
-        gradients(saved, grads, AttentionOptions::load(*context), needs_grad);
+    GradientSet needs_grad{};
+    std::size_t edge = 0;  // Edges count the given tensors only.
+    for (std::size_t input = 0; input < kGradientCount; ++input) {
+      const at::Tensor& tensor = saved[kSavedCall + input];
+      if (!tensor.defined()) continue;
+      needs_grad[input] = context->needs_input_grad(edge++) && tensor.is_floating_point();
+    }
+    variable_list input_grads = gradients(saved, grads, load_options(*context), needs_grad);
+    std::move(input_grads.begin(), input_grads.end(), result.begin());
     return result;
   }
 };
 
-ForwardResult functorch_forward(const at::Tensor& query, const at::Tensor& key,
-                                const at::Tensor& value, const OptionalTensor& attn_mask,
-                                const AttentionOptions& options,
-                                const OptionalTensor& key_padding_mask,
-                                const OptionalTensor& dropout_seed) {
-  auto [out, logsumexp] =
-      forward_below_autograd(query, key, value, attn_mask, options, key_padding_mask, dropout_seed);
-  const SparseTensorList saved = saved_tensors(query, key, value, out.detach(), logsumexp.detach(),
-                                               attn_mask, key_padding_mask, dropout_seed,
-                                               /*keeps_variables=*/false);
-  const auto formula = [options, present = saved.present()](
-                           const variable_list& tensors, const variable_list& grads,
-                           const std::vector<bool>& needs_input_grad) -> variable_list {
-    variable_list result(4);
-    if (!grads[0].defined() && !grads[1].defined()) return result;
-    const variable_list all = expand_saved(tensors, present);
-    const std::array<bool, 4> needs_grad{
-        needs_input_grad[0], needs_input_grad[1], needs_input_grad[2],
-        needs_input_grad[3] && all[kMask].defined() && all[kMask].is_floating_point()};
-    std::tie(result[0], result[1], result[2], result[3]) =
-        gradients(all, grads, options, needs_grad);
-    return result;
-  };
-  record_node("AttentionForwardBackward", {out, logsumexp},
-              {query, key, value, attn_mask.value_or(at::Tensor())}, saved.tensors(), formula);
-  return {out, logsumexp};
-}
-
-ForwardResult attention_forward_autograd(const at::Tensor& query, const at::Tensor& key,
-                                         const at::Tensor& value, const OptionalTensor& attn_mask,
-                                         double dropout_p, bool is_causal,
-                                         std::optional<double> scale, bool enable_gqa,
-                                         c10::SymInt causal_offset,
-                                         const OptionalTensor& key_padding_mask,
-                                         const OptionalTensor& dropout_seed, bool contiguous) {
-  check_tensor_kind(kForwardOp, "query", query);
-  check_tensor_kind(kForwardOp, "key", key);
-  check_tensor_kind(kForwardOp, "value", value);
-  check_no_tangents(kForwardOp, {&query, &key, &value, given(attn_mask)});
-  const AttentionOptions options{.dropout_p = dropout_p,
-                                 .is_causal = is_causal,
-                                 .scale = scale,
-                                 .enable_gqa = enable_gqa,
-                                 .causal_offset = std::move(causal_offset),
-                                 .contiguous = contiguous};
-  if (!needs_gradient({&query, &key, &value, given(attn_mask)})) {
-    return forward_below_autograd(query, key, value, attn_mask, options, key_padding_mask,
-                                  dropout_seed);
-  }
-  if (in_functorch_transform()) {
-    return functorch_forward(query, key, value, attn_mask, options, key_padding_mask, dropout_seed);
-  }
-  const variable_list outputs = AttentionFunction::apply(query, key, value, attn_mask, options,
-                                                         key_padding_mask, dropout_seed);
+ForwardResult apply_attention_function(const AttentionArguments& arguments,
+                                       const AttentionGeometry<std::int64_t>* checked) {
+  const variable_list outputs =
+      AttentionFunction::apply(*arguments.query, *arguments.key, *arguments.value,
+                               optional(arguments.attn_mask), arguments, checked);
   return {outputs[0], outputs[1]};
 }
 
+ForwardResult functorch_forward(const AttentionArguments& arguments) {
+  auto [out, logsumexp] = forward_below_autograd(arguments);
+  const SparseTensorList saved =
+      saved_list(arguments, out.detach(), logsumexp.detach(), /*keeps_variables=*/false);
+  const auto formula = [options = arguments.with_tensors(AttentionTensors()),
+                        present = saved.present()](
+                           const variable_list& tensors, const variable_list& grads,
+                           const std::vector<bool>& needs_input_grad) -> variable_list {
+    if (!grads[0].defined() && !grads[1].defined()) return variable_list(kGradientCount);
+    const variable_list all = expand_saved(tensors, present);
+    GradientSet needs_grad{};
+    for (std::size_t input = 0; input < kGradientCount; ++input) {
+      const at::Tensor& tensor = all[kSavedCall + input];
+      needs_grad[input] = needs_input_grad[input] && tensor.defined() && tensor.is_floating_point();
+    }
+    return gradients(all, grads, options, needs_grad);
+  };
+  variable_list inputs;
+  for (const at::Tensor* input : arguments.differentiable()) {
+    inputs.push_back(input == nullptr ? at::Tensor() : *input);
+  }
+  record_node("AttentionForwardBackward", {out, logsumexp}, inputs, saved.tensors(), formula);
+  return {out, logsumexp};
+}
+
+struct AutogradAttention {
+  static ForwardResult forward(const AttentionArguments& arguments) {
+    check_attention_kinds(kForwardOp, arguments);
+    check_no_tangents(kForwardOp, arguments.differentiable());
+    if (!needs_gradient(arguments.differentiable())) return forward_below_autograd(arguments);
+    if (in_functorch_transform()) return functorch_forward(arguments);
+    return apply_attention_function(arguments, /*checked=*/nullptr);
+  }
+};
+
 }  // namespace
 
+ForwardResult record_attention_forward(const AttentionArguments& arguments,
+                                       const AttentionGeometry<std::int64_t>& checked) {
+  return apply_attention_function(arguments, &checked);
+}
+
 TORCH_LIBRARY_IMPL(torch_ext, Autograd, m) {
-  m.impl("attention_forward", TORCH_FN(attention_forward_autograd));
+  m.impl("attention_forward", TORCH_FN(attention_forward_kernel<AutogradAttention>));
 }
 
 }  // namespace torch_ext

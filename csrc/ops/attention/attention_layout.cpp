@@ -68,8 +68,8 @@ c10::SmallVector<int, kMaxBatchDims + 3> dimensions(std::size_t rank) {
 template <typename Int>
 bool is_flash_call(const AttentionArguments& arguments, const AttentionGeometry<Int>& geometry) {
   if (arguments.contiguous || arguments.dropout_p > 0.0) return false;
-  const at::Tensor* inputs[] = {&arguments.query, &arguments.key, &arguments.value};
-  const std::int64_t rank = arguments.query.dim();
+  const at::Tensor* inputs[] = {arguments.query, arguments.key, arguments.value};
+  const std::int64_t rank = arguments.query->dim();
   if (rank != 3 && rank != 4) return false;
   for (const at::Tensor* input : inputs) {
     if (input->dim() != rank || !is_one(strides_of<Int>(*input)[rank - 1])) return false;
@@ -79,9 +79,9 @@ bool is_flash_call(const AttentionArguments& arguments, const AttentionGeometry<
     if (mask_rank != 2 && mask_rank != 4) return false;
   }
   // Key and value may share one head, as in grouped-query attention; nothing else may broadcast.
-  return is_whole<Int>(sizes_of<Int>(arguments.query), geometry.query_sizes()) &&
-         is_whole<Int>(sizes_of<Int>(arguments.key), geometry.key_sizes()) &&
-         is_whole<Int>(sizes_of<Int>(arguments.value), geometry.value_sizes()) &&
+  return is_whole<Int>(sizes_of<Int>(*arguments.query), geometry.query_sizes()) &&
+         is_whole<Int>(sizes_of<Int>(*arguments.key), geometry.key_sizes()) &&
+         is_whole<Int>(sizes_of<Int>(*arguments.value), geometry.value_sizes()) &&
          same(geometry.head_dim, geometry.value_dim) && has_elements<Int>(geometry.query_sizes()) &&
          has_elements<Int>(geometry.key_sizes());
 }
@@ -92,7 +92,7 @@ template bool is_flash_call(const AttentionArguments&, const AttentionGeometry<c
 template <typename Int>
 at::Tensor attention_out(const AttentionArguments& arguments,
                          const AttentionGeometry<Int>& geometry) {
-  const at::Tensor& query = arguments.query;
+  const at::Tensor& query = *arguments.query;
   if (is_flash_call(arguments, geometry)) return at::empty_like(query);
   const Sizes<Int> sizes = geometry.out_sizes();
   return empty_strided_of(sizes, dense_strides<Int>(sizes, dimensions(sizes.size())),
@@ -107,20 +107,20 @@ template <typename Int>
 at::Tensor attention_gradient(const AttentionArguments& arguments,
                               const AttentionGeometry<Int>& geometry, AttentionTensor input,
                               at::ScalarType type) {
-  const Sizes<Int> sizes = input == AttentionTensor::kQuery ? geometry.query_sizes()
-                           : input == AttentionTensor::kKey ? geometry.key_sizes()
-                                                            : geometry.value_sizes();
+  const Sizes<Int> sizes = input == kQuery ? geometry.query_sizes()
+                           : input == kKey ? geometry.key_sizes()
+                                           : geometry.value_sizes();
   auto order = dimensions(sizes.size());
   const auto last = order.end() - 1;
   // torch repeats grouped heads, whose sum is contiguous again.
   const bool grouped = arguments.enable_gqa && !same(geometry.kv_heads, geometry.query_heads);
   if (is_flash_call(arguments, geometry)) {
     std::swap(last[-2], last[-1]);
-  } else if (input == AttentionTensor::kKey && geometry.rank >= 3 && !grouped) {
+  } else if (input == kKey && geometry.rank >= 3 && !grouped) {
     std::swap(last[-1], last[0]);
   }
   return empty_strided_of(sizes, dense_strides<Int>(sizes, order),
-                          arguments.query.options().dtype(type));
+                          arguments.query->options().dtype(type));
 }
 
 template at::Tensor attention_gradient(const AttentionArguments&,

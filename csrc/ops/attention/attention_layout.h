@@ -22,8 +22,6 @@ extern template bool is_flash_call(const AttentionArguments&,
 extern template bool is_flash_call(const AttentionArguments&,
                                    const AttentionGeometry<c10::SymInt>&);
 
-enum class AttentionTensor : std::uint8_t { kQuery, kKey, kValue };
-
 /// out of checked arguments, uninitialised.
 template <typename Int>
 at::Tensor attention_out(const AttentionArguments& arguments,
@@ -34,7 +32,7 @@ extern template at::Tensor attention_out(const AttentionArguments&,
 extern template at::Tensor attention_out(const AttentionArguments&,
                                          const AttentionGeometry<c10::SymInt>&);
 
-/// The gradient of one input in the shape that it broadcasts to, uninitialised.
+/// The gradient of query, key or value in the shape that it broadcasts to, uninitialised.
 template <typename Int>
 at::Tensor attention_gradient(const AttentionArguments& arguments,
                               const AttentionGeometry<Int>& geometry, AttentionTensor input,

@@ -9,15 +9,13 @@
 
 #include "../../kernels/counter_rng.h"
 #include "attention_checks.h"
-#include "attention_operators.h"
+#include "attention_signature.h"
 #include "symbolic_sizes.h"
 
 namespace torch_ext {
 namespace {
 
 using Geometry = AttentionGeometry<c10::SymInt>;
-
-const at::Tensor* defined(const at::Tensor& tensor) { return tensor.defined() ? &tensor : nullptr; }
 
 at::Tensor sum_of(const at::Tensor& a, const at::Tensor& b) {
   if (!a.defined()) return b;
@@ -32,8 +30,10 @@ at::Tensor transposed(const at::Tensor& tensor) { return tensor.transpose(-2, -1
 /// type, and back.
 class Expansion {
  public:
-  Expansion(const SecondOrderInputs& inputs, const Geometry& geometry)
-      : inputs_(inputs), geometry_(geometry), type_(accumulate_type(inputs.query.scalar_type())) {}
+  Expansion(const AttentionArguments& arguments, const Geometry& geometry)
+      : arguments_(arguments),
+        geometry_(geometry),
+        type_(accumulate_type(arguments.query->scalar_type())) {}
 
   at::Tensor query(const at::Tensor& tensor) const {
     return tensor.to(type_).expand_symint(geometry_.query_sizes());
@@ -50,16 +50,18 @@ class Expansion {
   }
 
   at::Tensor reduce_query(const at::Tensor& grad) const {
-    return at::sum_to(grad, inputs_.query.sym_sizes()).to(inputs_.query.scalar_type());
+    return at::sum_to(grad, arguments_.query->sym_sizes()).to(arguments_.query->scalar_type());
   }
-  at::Tensor reduce_key(const at::Tensor& grad) const { return reduce_heads(grad, inputs_.key); }
+  at::Tensor reduce_key(const at::Tensor& grad) const {
+    return reduce_heads(grad, *arguments_.key);
+  }
   at::Tensor reduce_value(const at::Tensor& grad) const {
-    return reduce_heads(grad, inputs_.value);
+    return reduce_heads(grad, *arguments_.value);
   }
   at::Tensor reduce_mask(const at::Tensor& grad) const {
     return at::sum_to(grad, mask_sizes())
-        .reshape_symint(inputs_.attn_mask.sym_sizes())
-        .to(inputs_.attn_mask.scalar_type());
+        .reshape_symint(arguments_.attn_mask->sym_sizes())
+        .to(arguments_.attn_mask->scalar_type());
   }
 
  private:
@@ -94,36 +96,35 @@ class Expansion {
   }
 
   c10::SymIntArrayRef mask_sizes() const {
-    const auto sizes = inputs_.attn_mask.sym_sizes();
+    const auto sizes = arguments_.attn_mask->sym_sizes();
     const auto rank = static_cast<std::size_t>(geometry_.rank);
     return sizes.size() > rank ? sizes.slice(sizes.size() - rank) : sizes;
   }
 
-  const SecondOrderInputs& inputs_;
+  const AttentionArguments& arguments_;
   const Geometry& geometry_;
   at::ScalarType type_;
 };
 
 /// Pairs that do not take part, broadcastable to the scores; undefined: all do.
-at::Tensor excluded_pairs(const SecondOrderInputs& inputs, const Geometry& geometry) {
+at::Tensor excluded_pairs(const AttentionArguments& arguments, const Geometry& geometry) {
   at::Tensor excluded;
   const auto exclude = [&excluded](const at::Tensor& pairs) {
     excluded = excluded.defined() ? excluded.logical_or(pairs) : pairs;
   };
-  if (inputs.attn_mask.defined() && inputs.attn_mask.scalar_type() == at::kBool) {
-    exclude(inputs.attn_mask.logical_not());
+  if (arguments.attn_mask != nullptr && arguments.attn_mask->scalar_type() == at::kBool) {
+    exclude(arguments.attn_mask->logical_not());
   }
-  if (inputs.key_padding_mask.defined()) {
-    const at::Tensor padding = inputs.key_padding_mask.unsqueeze(-2);  // (batch..., 1, kv_len)
+  if (arguments.key_padding_mask != nullptr) {
+    const at::Tensor padding = arguments.key_padding_mask->unsqueeze(-2);  // (batch..., 1, kv_len)
     exclude(geometry.rank >= 3 ? padding.unsqueeze(-3) : padding);
   }
-  if (inputs.options.is_causal) {
-    const auto options = inputs.query.options().dtype(at::kLong);
+  if (arguments.is_causal) {
+    const auto options = arguments.query->options().dtype(at::kLong);
     const at::Tensor rows = at::arange(at::Scalar(geometry.q_len), options).unsqueeze(1);
     const at::Tensor cols = at::arange(at::Scalar(geometry.kv_len), options);
     // Clamped as in score_transform().
-    const c10::SymInt offset =
-        inputs.options.causal_offset.max(-geometry.q_len).min(geometry.kv_len);
+    const c10::SymInt offset = arguments.causal_offset.max(-geometry.q_len).min(geometry.kv_len);
     exclude(cols.gt(rows.add(at::Scalar(offset))));
   }
   return excluded;
@@ -152,67 +153,58 @@ at::Tensor attention_weights(const at::Tensor& scores, const at::Tensor& exclude
 //   dQ = scale T K,  dK = scale T^T Q,  dV = (P D)^T G,  dM = T.
 // Below, bar_X is the gradient of X, from bar_dQ, bar_dK, bar_dV and bar_dM. Products without a
 // transpose among (q_len, kv_len) matrices are elementwise.
-std::vector<at::Tensor> attention_second_order(const SecondOrderInputs& inputs,
-                                               const SecondOrderGradients& gradients,
-                                               const std::array<bool, 6>& needs_grad) {
-  const AttentionOptions& options = inputs.options;
-  const AttentionArguments arguments{.query = inputs.query,
-                                     .key = inputs.key,
-                                     .value = inputs.value,
-                                     .attn_mask = defined(inputs.attn_mask),
-                                     .dropout_p = options.dropout_p,
-                                     .is_causal = options.is_causal,
-                                     .scale = options.scale,
-                                     .enable_gqa = options.enable_gqa,
-                                     .key_padding_mask = defined(inputs.key_padding_mask),
-                                     .dropout_seed = defined(inputs.dropout_seed)};
+std::vector<at::Tensor> attention_second_order(
+    const AttentionArguments& arguments, const AttentionGradients& gradients,
+    const std::vector<at::Tensor>& grads, const std::array<bool, 2 + kGradientCount>& needs_grad) {
   const Geometry geometry =
       check_attention<c10::SymInt>("attention_backward", arguments, SeedArgument::kRequired);
-  const Expansion expand(inputs, geometry);
-  const at::Tensor query = expand.query(inputs.query);
-  const at::Tensor key = expand.key(inputs.key);
-  const at::Tensor value = expand.value(inputs.value);
-  const at::Tensor grad_out = expand.out(inputs.grad_out);
-  const double scale = attention_scale(options.scale, geometry.head_dim);
+  const Expansion expand(arguments, geometry);
+  const at::Tensor query = expand.query(*arguments.query);
+  const at::Tensor key = expand.key(*arguments.key);
+  const at::Tensor value = expand.value(*arguments.value);
+  const at::Tensor grad_out = expand.out(*gradients.grad_out);
+  const double scale = attention_scale(arguments.scale, geometry.head_dim);
 
   at::Tensor scores = query.matmul(transposed(key)) * scale;
-  const bool additive = inputs.attn_mask.defined() && inputs.attn_mask.is_floating_point();
-  if (additive) scores = scores + expand.mask(inputs.attn_mask);
-  const at::Tensor weights = attention_weights(scores, excluded_pairs(inputs, geometry));  // P
+  const bool additive = arguments.attn_mask != nullptr && arguments.attn_mask->is_floating_point();
+  if (additive) scores = scores + expand.mask(*arguments.attn_mask);
+  const at::Tensor weights = attention_weights(scores, excluded_pairs(arguments, geometry));  // P
 
   at::Tensor keep;  // D
-  if (options.dropout_p > 0.0) {
-    keep =
-        call_attention_dropout_mask(inputs.dropout_seed, options.dropout_p, geometry.score_sizes())
-            .to(weights.scalar_type()) *
-        dropout_scale(dropout_threshold(options.dropout_p));
+  if (arguments.dropout_p > 0.0) {
+    keep = call_attention_dropout_mask(*arguments.dropout_seed, arguments.dropout_p,
+                                       geometry.score_sizes())
+               .to(weights.scalar_type()) *
+           dropout_scale(dropout_threshold(arguments.dropout_p));
   }
   const auto dropped = [&keep](const at::Tensor& x) {
     return keep.defined() && x.defined() ? x * keep : x;
   };
   const at::Tensor grad_weights = dropped(grad_out.matmul(transposed(value)));  // B
   at::Tensor delta = row_sum(weights * grad_weights);
-  if (inputs.grad_logsumexp.defined()) delta = delta - inputs.grad_logsumexp.unsqueeze(-1);
+  if (gradients.grad_logsumexp != nullptr) {
+    delta = delta - gradients.grad_logsumexp->unsqueeze(-1);
+  }
   const at::Tensor centred = grad_weights - delta;
   const at::Tensor grad_scores = weights * centred;  // T
 
   at::Tensor bar_query, bar_key, bar_value, bar_grad_out, bar_grad_logsumexp;
   at::Tensor bar_grad_scores, bar_weights, bar_grad_weights;
-  if (gradients.query.defined()) {  // dQ = scale T K
-    const at::Tensor bar = expand.query(gradients.query) * scale;
+  if (grads[kQuery].defined()) {  // dQ = scale T K
+    const at::Tensor bar = expand.query(grads[kQuery]) * scale;
     bar_grad_scores = bar.matmul(transposed(key));
     bar_key = transposed(grad_scores).matmul(bar);
   }
-  if (gradients.key.defined()) {  // dK = scale T^T Q
-    const at::Tensor bar = expand.key(gradients.key) * scale;
+  if (grads[kKey].defined()) {  // dK = scale T^T Q
+    const at::Tensor bar = expand.key(grads[kKey]) * scale;
     bar_grad_scores = sum_of(bar_grad_scores, query.matmul(transposed(bar)));
     bar_query = grad_scores.matmul(bar);
   }
-  if (gradients.attn_mask.defined()) {  // dM = T
-    bar_grad_scores = sum_of(bar_grad_scores, expand.mask(gradients.attn_mask));
+  if (grads[kMask].defined()) {  // dM = T
+    bar_grad_scores = sum_of(bar_grad_scores, expand.mask(grads[kMask]));
   }
-  if (gradients.value.defined()) {  // dV = (P D)^T G
-    const at::Tensor bar = expand.value(gradients.value);
+  if (grads[kValue].defined()) {  // dV = (P D)^T G
+    const at::Tensor bar = expand.value(grads[kValue]);
     bar_weights = dropped(grad_out.matmul(transposed(bar)));
     bar_grad_out = dropped(weights).matmul(bar);
   }
@@ -231,10 +223,10 @@ std::vector<at::Tensor> attention_second_order(const SecondOrderInputs& inputs,
   bar_query = sum_of(bar_query, bar_scores.matmul(key) * scale);
   bar_key = sum_of(bar_key, transposed(bar_scores).matmul(query) * scale);
 
-  std::vector<at::Tensor> result(6);
-  if (needs_grad[0]) result[0] = bar_grad_out.to(inputs.grad_out.scalar_type());
+  std::vector<at::Tensor> result(2 + kGradientCount);
+  if (needs_grad[0]) result[0] = bar_grad_out.to(gradients.grad_out->scalar_type());
   if (needs_grad[1] && bar_grad_logsumexp.defined()) {
-    result[1] = bar_grad_logsumexp.to(inputs.grad_logsumexp.scalar_type());
+    result[1] = bar_grad_logsumexp.to(gradients.grad_logsumexp->scalar_type());
   }
   if (needs_grad[2]) result[2] = expand.reduce_query(bar_query);
   if (needs_grad[3]) result[3] = expand.reduce_key(bar_key);

@@ -6,36 +6,16 @@
 #include <array>
 #include <vector>
 
-#include "attention_autograd.h"
+#include "attention_arguments.h"
 
 namespace torch_ext {
 
-/// Arguments of attention_backward(); undefined where absent.
-struct SecondOrderInputs {
-  const at::Tensor& grad_out;
-  const at::Tensor& grad_logsumexp;
-  const at::Tensor& query;
-  const at::Tensor& key;
-  const at::Tensor& value;
-  const at::Tensor& attn_mask;
-  const at::Tensor& key_padding_mask;
-  const at::Tensor& dropout_seed;
-  const AttentionOptions& options;
-};
-
-/// Gradients of its results; undefined where zero.
-struct SecondOrderGradients {
-  const at::Tensor& query;
-  const at::Tensor& key;
-  const at::Tensor& value;
-  const at::Tensor& attn_mask;
-};
-
-/// Gradients of grad_out, grad_logsumexp, query, key, value and attn_mask; undefined where not
-/// needed. Computes the weights explicitly, (batch..., heads, q_len, kv_len) at once, from
-/// differentiable aten operators.
-std::vector<at::Tensor> attention_second_order(const SecondOrderInputs& inputs,
-                                               const SecondOrderGradients& gradients,
-                                               const std::array<bool, 6>& needs_grad);
+/// Gradients of grad_out, grad_logsumexp, query, key, value and attn_mask, from `grads`, those of
+/// attention_backward()'s results; undefined where not needed, and where zero. Of `gradients`,
+/// grad_out and grad_logsumexp are read. Computes the weights explicitly, (batch..., heads, q_len,
+/// kv_len) at once, from differentiable aten operators.
+std::vector<at::Tensor> attention_second_order(
+    const AttentionArguments& arguments, const AttentionGradients& gradients,
+    const std::vector<at::Tensor>& grads, const std::array<bool, 2 + kGradientCount>& needs_grad);
 
 }  // namespace torch_ext

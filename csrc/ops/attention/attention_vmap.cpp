@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "attention_checks.h"
-#include "attention_operators.h"
+#include "attention_signature.h"
 #include "vmap_level.h"
 
 namespace torch_ext {
@@ -49,104 +49,121 @@ std::int64_t folded_dims(const AttentionGeometry<c10::SymInt>& geometry) {
   return std::max<std::int64_t>(geometry.rank, 3);
 }
 
-OptionalTensor first_seed(const VmapLevel& level, const OptionalTensor& seed) {
-  return level.sample(seed, 0);
+/// Sample `index` of every tensor that is mapped.
+template <typename Call>
+auto with_sample(const VmapLevel& level, std::int64_t index, const AttentionArguments& arguments,
+                 const Call& call) {
+  const AttentionTensors tensors =
+      arguments.map_tensors([&](AttentionTensor /*position*/, const at::Tensor& tensor) {
+        return level.sample(tensor, index);
+      });
+  return call(arguments.with_tensors(tensors));
 }
 
-ForwardResult attention_forward_vmap(const at::Tensor& query, const at::Tensor& key,
-                                     const at::Tensor& value, const OptionalTensor& attn_mask,
-                                     double dropout_p, bool is_causal, std::optional<double> scale,
-                                     bool enable_gqa, c10::SymInt causal_offset,
-                                     const OptionalTensor& key_padding_mask,
-                                     const OptionalTensor& dropout_seed, bool contiguous) {
-  constexpr const char* kOp = "attention_forward";
-  const auto geometry = check_attention<c10::SymInt>(kOp,
-                                                     {.query = query,
-                                                      .key = key,
-                                                      .value = value,
-                                                      .attn_mask = given(attn_mask),
-                                                      .dropout_p = dropout_p,
-                                                      .is_causal = is_causal,
-                                                      .scale = scale,
-                                                      .enable_gqa = enable_gqa,
-                                                      .key_padding_mask = given(key_padding_mask),
-                                                      .dropout_seed = given(dropout_seed)},
-                                                     SeedArgument::kRequired);
-  const VmapLevel level(
-      kOp, {&query, &key, &value, given(attn_mask), given(key_padding_mask), given(dropout_seed)});
-  if (dropout_p > 0.0 && !level.is_mapped(*dropout_seed)) {
-    const auto outputs =
-        stack_samples<2>(level.batch_size().guard_int(__FILE__, __LINE__), [&](std::int64_t index) {
-          return call_attention_forward(
-              level.sample(query, index), level.sample(key, index), level.sample(value, index),
-              level.sample(attn_mask, index), dropout_p, is_causal, scale, enable_gqa,
-              causal_offset, level.sample(key_padding_mask, index), dropout_seed, contiguous);
-        });
-    return {level.wrap(outputs[0]), level.wrap(outputs[1])};
-  }
-  const std::int64_t dims = folded_dims(geometry);
-  const auto [out, logsumexp] = call_attention_forward(
-      level.fold_expanded(query, dims), level.fold(key, dims), level.fold(value, dims),
-      level.fold(attn_mask, dims), dropout_p, is_causal, scale, enable_gqa, causal_offset,
-      level.fold(key_padding_mask, dims - 2), first_seed(level, dropout_seed), kContiguous);
-  return {level.wrap(out, geometry.out_sizes()), level.wrap(logsumexp, geometry.logsumexp_sizes())};
+/// All samples at once. `expands`: whether inputs that have a gradient are repeated for each
+/// sample.
+AttentionTensors folded_tensors(const VmapLevel& level, const AttentionArguments& arguments,
+                                std::int64_t dims, bool expands) {
+  return arguments.map_tensors([&](AttentionTensor position, const at::Tensor& tensor) {
+    if (position == kSeed) return level.sample(tensor, 0);
+    if (position == kPadding) return level.fold(tensor, dims - 2);
+    return expands || position == kQuery ? level.fold_expanded(tensor, dims)
+                                         : level.fold(tensor, dims);
+  });
 }
 
-BackwardResult attention_backward_vmap(
-    const at::Tensor& grad_out, const OptionalTensor& grad_logsumexp, const at::Tensor& query,
-    const at::Tensor& key, const at::Tensor& value, const at::Tensor& out,
-    const at::Tensor& logsumexp, const OptionalTensor& attn_mask, double dropout_p, bool is_causal,
-    std::optional<double> scale, bool enable_gqa, c10::SymInt causal_offset,
-    const OptionalTensor& key_padding_mask, const OptionalTensor& dropout_seed,
-    std::array<bool, 4> output_mask, bool contiguous) {
-  constexpr const char* kOp = "attention_backward";
-  const AttentionArguments arguments{.query = query,
-                                     .key = key,
-                                     .value = value,
-                                     .attn_mask = given(attn_mask),
-                                     .dropout_p = dropout_p,
-                                     .is_causal = is_causal,
-                                     .scale = scale,
-                                     .enable_gqa = enable_gqa,
-                                     .key_padding_mask = given(key_padding_mask),
-                                     .dropout_seed = given(dropout_seed)};
-  const auto geometry = check_attention<c10::SymInt>(kOp, arguments, SeedArgument::kRequired);
-  check_attention_gradients(kOp, arguments,
-                            {.grad_out = grad_out,
-                             .grad_logsumexp = given(grad_logsumexp),
-                             .out = out,
-                             .logsumexp = logsumexp,
-                             .output_mask = output_mask},
-                            geometry);
-  const VmapLevel level(kOp,
-                        {&grad_out, given(grad_logsumexp), &query, &key, &value, &out, &logsumexp,
-                         given(attn_mask), given(key_padding_mask), given(dropout_seed)});
-  if (dropout_p > 0.0 && !level.is_mapped(*dropout_seed)) {
-    const auto grads =
-        stack_samples<4>(level.batch_size().guard_int(__FILE__, __LINE__), [&](std::int64_t index) {
-          return call_attention_backward(
-              level.sample(grad_out, index), level.sample(grad_logsumexp, index),
-              level.sample(query, index), level.sample(key, index), level.sample(value, index),
-              level.sample(out, index), level.sample(logsumexp, index),
-              level.sample(attn_mask, index), dropout_p, is_causal, scale, enable_gqa,
-              causal_offset, level.sample(key_padding_mask, index), dropout_seed, output_mask,
-              contiguous);
-        });
-    return {level.wrap(grads[0]), level.wrap(grads[1]), level.wrap(grads[2]), level.wrap(grads[3])};
-  }
-  // All inputs expanded: a gradient for each sample, also of what the samples share.
-  const std::int64_t dims = folded_dims(geometry);
-  const auto [grad_query, grad_key, grad_value, grad_mask] = call_attention_backward(
-      level.fold_expanded(grad_out, dims), level.fold_expanded(grad_logsumexp, dims - 1),
-      level.fold_expanded(query, dims), level.fold_expanded(key, dims),
-      level.fold_expanded(value, dims), level.fold_expanded(out, dims),
-      level.fold_expanded(logsumexp, dims - 1), level.fold_expanded(attn_mask, dims), dropout_p,
-      is_causal, scale, enable_gqa, causal_offset, level.fold(key_padding_mask, dims - 2),
-      first_seed(level, dropout_seed), output_mask, kContiguous);
-  return {level.wrap(grad_query, query.sym_sizes()), level.wrap(grad_key, key.sym_sizes()),
-          level.wrap(grad_value, value.sym_sizes()),
-          output_mask[3] ? level.wrap(grad_mask, attn_mask->sym_sizes()) : grad_mask};
+bool shares_dropout(const VmapLevel& level, const AttentionArguments& arguments) {
+  return arguments.dropout_p > 0.0 && !level.is_mapped(*arguments.dropout_seed);
 }
+
+struct VmapAttention {
+  static ForwardResult forward(const AttentionArguments& arguments) {
+    constexpr const char* kOp = "attention_forward";
+    const auto geometry = check_attention<c10::SymInt>(kOp, arguments, SeedArgument::kRequired);
+    const VmapLevel level(kOp, arguments.tensors());
+    if (shares_dropout(level, arguments)) {
+      const auto outputs = stack_samples<2>(
+          level.batch_size().guard_int(__FILE__, __LINE__), [&](std::int64_t index) {
+            return with_sample(level, index, arguments, call_attention_forward);
+          });
+      return {level.wrap(outputs[0]), level.wrap(outputs[1])};
+    }
+    const AttentionTensors tensors =
+        folded_tensors(level, arguments, folded_dims(geometry), /*expands=*/false);
+    AttentionArguments folded = arguments.with_tensors(tensors);
+    folded.contiguous = kContiguous;
+    const auto [out, logsumexp] = call_attention_forward(folded);
+    return {level.wrap(out, geometry.out_sizes()),
+            level.wrap(logsumexp, geometry.logsumexp_sizes())};
+  }
+
+  static BackwardResult backward(const AttentionArguments& arguments,
+                                 const AttentionGradients& gradients) {
+    constexpr const char* kOp = "attention_backward";
+    const auto geometry = check_attention<c10::SymInt>(kOp, arguments, SeedArgument::kRequired);
+    check_attention_gradients(kOp, arguments, gradients, geometry);
+    c10::SmallVector<const at::Tensor*, 16> given_tensors{
+        gradients.grad_out, gradients.grad_logsumexp, gradients.out, gradients.logsumexp};
+    for (const at::Tensor* tensor : arguments.tensors()) given_tensors.push_back(tensor);
+    const VmapLevel level(kOp, given_tensors);
+    if (shares_dropout(level, arguments)) {
+      const auto grads = stack_samples<kGradientCount>(
+          level.batch_size().guard_int(__FILE__, __LINE__),
+          [&](std::int64_t index) { return sample_backward(level, index, arguments, gradients); });
+      return {level.wrap(grads[kQuery]), level.wrap(grads[kKey]), level.wrap(grads[kValue]),
+              level.wrap(grads[kMask])};
+    }
+    // All inputs expanded: a gradient for each sample, also of what the samples share.
+    const std::int64_t dims = folded_dims(geometry);
+    const AttentionTensors tensors = folded_tensors(level, arguments, dims, /*expands=*/true);
+    AttentionArguments folded = arguments.with_tensors(tensors);
+    folded.contiguous = kContiguous;
+    const auto [grad_query, grad_key, grad_value, grad_mask] = with_gradients(
+        gradients,
+        [&](const at::Tensor& tensor, std::int64_t trailing) {
+          return level.fold_expanded(tensor, dims - trailing);
+        },
+        [&](const AttentionGradients& of_all) { return call_attention_backward(folded, of_all); });
+    const auto wrap = [&level](const at::Tensor& grad, const at::Tensor* input) {
+      return grad.defined() ? level.wrap(grad, input->sym_sizes()) : grad;
+    };
+    return {wrap(grad_query, arguments.query), wrap(grad_key, arguments.key),
+            wrap(grad_value, arguments.value), wrap(grad_mask, arguments.attn_mask)};
+  }
+
+ private:
+  /// call() over map(tensor, dimensions fewer than out's) of grad_out, grad_logsumexp, out and
+  /// logsumexp.
+  template <typename Map, typename Call>
+  static BackwardResult with_gradients(const AttentionGradients& gradients, const Map& map,
+                                       const Call& call) {
+    const at::Tensor grad_out = map(*gradients.grad_out, 0);
+    const at::Tensor out = map(*gradients.out, 0);
+    const at::Tensor logsumexp = map(*gradients.logsumexp, 1);
+    at::Tensor grad_logsumexp;
+    if (gradients.grad_logsumexp != nullptr) grad_logsumexp = map(*gradients.grad_logsumexp, 1);
+    return call({.grad_out = &grad_out,
+                 .grad_logsumexp = given(grad_logsumexp),
+                 .out = &out,
+                 .logsumexp = &logsumexp,
+                 .output_mask = gradients.output_mask});
+  }
+
+  static BackwardResult sample_backward(const VmapLevel& level, std::int64_t index,
+                                        const AttentionArguments& arguments,
+                                        const AttentionGradients& gradients) {
+    return with_gradients(
+        gradients,
+        [&](const at::Tensor& tensor, std::int64_t /*trailing*/) {
+          return level.sample(tensor, index);
+        },
+        [&](const AttentionGradients& of_sample) {
+          return with_sample(level, index, arguments, [&](const AttentionArguments& sample) {
+            return call_attention_backward(sample, of_sample);
+          });
+        });
+  }
+};
 
 at::Tensor attention_dropout_mask_vmap(const at::Tensor& dropout_seed, double dropout_p,
                                        c10::SymIntArrayRef sizes) {
@@ -159,8 +176,8 @@ at::Tensor attention_dropout_mask_vmap(const at::Tensor& dropout_seed, double dr
 }  // namespace
 
 TORCH_LIBRARY_IMPL(torch_ext, FuncTorchBatched, m) {
-  m.impl("attention_forward", TORCH_FN(attention_forward_vmap));
-  m.impl("attention_backward", TORCH_FN(attention_backward_vmap));
+  m.impl("attention_forward", TORCH_FN(attention_forward_kernel<VmapAttention>));
+  m.impl("attention_backward", TORCH_FN(attention_backward_kernel<VmapAttention>));
   m.impl("attention_dropout_mask", TORCH_FN(attention_dropout_mask_vmap));
 }
 

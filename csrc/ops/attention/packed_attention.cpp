@@ -3,6 +3,7 @@
 #include <ATen/ops/cat.h>
 #include <c10/core/SymbolicShapeMeta.h>
 
+#include "attention_signature.h"
 #include "symbolic_sizes.h"
 
 namespace torch_ext {
@@ -24,27 +25,47 @@ template AttentionGeometry<std::int64_t> packed_geometry(c10::ArrayRef<std::int6
 template AttentionGeometry<c10::SymInt> packed_geometry(c10::ArrayRef<c10::SymInt>, std::int64_t,
                                                         const c10::SymInt&);
 
+namespace {
+
 template <typename Int>
-AttentionGeometry<Int> check_packed_qkv(const char* op, const at::Tensor& qkv,
-                                        std::int64_t num_heads) {
+AttentionGeometry<Int> check_packed_qkv(const char* op, const PackedProjection& packed) {
+  const at::Tensor& qkv = *packed.qkv;
+  const std::int64_t num_heads = packed.num_heads;
   check_tensor_kind(op, "qkv", qkv);
   TORCH_CHECK(qkv.dim() == 2 || qkv.dim() == 3, "torch_ext::", op,
               ": qkv takes (batch, seq, 3 * embed) or (seq, 3 * embed), got ", qkv.sym_sizes());
   const auto sizes = sizes_of<Int>(qkv);
   TORCH_CHECK(num_heads > 0, "torch_ext::", op, ": num_heads takes a positive number, got ",
               num_heads);
-  const Int& packed = sizes.back();
-  TORCH_CHECK(equal(packed % Int(3 * num_heads), Int(0)), "torch_ext::", op,
+  const Int& width = sizes.back();
+  TORCH_CHECK(equal(width % Int(3 * num_heads), Int(0)), "torch_ext::", op,
               ": qkv takes a last dimension that 3 * num_heads, ", 3 * num_heads, ", divides, got ",
-              packed);
+              width);
   return packed_geometry<Int>(sizes.slice(0, sizes.size() - 1), num_heads,
-                              packed / Int(3 * num_heads));
+                              width / Int(3 * num_heads));
 }
 
-template AttentionGeometry<std::int64_t> check_packed_qkv(const char*, const at::Tensor&,
-                                                          std::int64_t);
-template AttentionGeometry<c10::SymInt> check_packed_qkv(const char*, const at::Tensor&,
-                                                         std::int64_t);
+}  // namespace
+
+AttentionArguments over_qkv(const PackedProjection& packed, const AttentionArguments& options) {
+  AttentionArguments arguments = options;
+  arguments.query = arguments.key = arguments.value = packed.qkv;
+  return arguments;
+}
+
+template <typename Int>
+AttentionGeometry<Int> check_packed_attention(const char* op, const PackedProjection& packed,
+                                              const AttentionArguments& options) {
+  auto geometry = check_packed_qkv<Int>(op, packed);
+  check_attention_options(op, over_qkv(packed, options), geometry, SeedArgument::kRequired);
+  return geometry;
+}
+
+template AttentionGeometry<std::int64_t> check_packed_attention(const char*,
+                                                                const PackedProjection&,
+                                                                const AttentionArguments&);
+template AttentionGeometry<c10::SymInt> check_packed_attention(const char*, const PackedProjection&,
+                                                               const AttentionArguments&);
 
 void check_packed_out(const char* op, const char* name, const at::Tensor& tensor,
                       const at::Tensor& qkv, bool any_type) {
@@ -76,6 +97,14 @@ at::Tensor head_view(const at::Tensor& packed, std::int64_t part,
                            packed.storage_offset() + part * embed * col_stride);
 }
 
+AttentionArguments HeadViews::arguments(const AttentionArguments& options) const {
+  AttentionArguments arguments = options;
+  arguments.query = &query_;
+  arguments.key = &key_;
+  arguments.value = &value_;
+  return arguments;
+}
+
 namespace {
 
 /// (..., seq, embed) -> (..., num_heads, seq, head_dim), differentiable.
@@ -94,51 +123,54 @@ at::Tensor merge_heads(const at::Tensor& heads) {
   return split.reshape_symint(sizes);
 }
 
-struct Parts {
-  at::Tensor query;
-  at::Tensor key;
-  at::Tensor value;
-};
+/// query, key and value as differentiable views of their own.
+class Parts {
+ public:
+  explicit Parts(const PackedProjection& packed) {
+    const c10::SymInt embed = packed.qkv->sym_size(-1) / 3;
+    for (std::int64_t part = 0; part < 3; ++part) {
+      heads_[part] =
+          split_heads(packed.qkv->narrow_symint(-1, embed * part, embed), packed.num_heads);
+    }
+  }
 
-Parts split_packed(const at::Tensor& qkv, std::int64_t num_heads) {
-  const c10::SymInt embed = qkv.sym_size(-1) / 3;
-  const auto part = [&](std::int64_t index) {
-    return split_heads(qkv.narrow_symint(-1, embed * index, embed), num_heads);
-  };
-  return {part(0), part(1), part(2)};
-}
+  /// Refers to this object.
+  AttentionArguments arguments(const AttentionArguments& options) const {
+    AttentionArguments arguments = options;
+    arguments.query = &heads_[0];
+    arguments.key = &heads_[1];
+    arguments.value = &heads_[2];
+    return arguments;
+  }
+
+ private:
+  std::array<at::Tensor, 3> heads_;
+};
 
 }  // namespace
 
-ForwardResult decomposed_packed_forward(const at::Tensor& qkv, std::int64_t num_heads,
-                                        const OptionalTensor& attn_mask, double dropout_p,
-                                        bool is_causal, const OptionalTensor& key_padding_mask,
-                                        const OptionalTensor& dropout_seed) {
-  check_packed_qkv<c10::SymInt>("packed_attention_forward", qkv, num_heads);
-  const Parts parts = split_packed(qkv, num_heads);
-  auto [out, logsumexp] = call_attention_forward(
-      parts.query, parts.key, parts.value, attn_mask, dropout_p, is_causal, /*scale=*/std::nullopt,
-      /*enable_gqa=*/false, /*causal_offset=*/0, key_padding_mask, dropout_seed,
-      /*contiguous=*/false);
+ForwardResult DecomposedAttention::packed_forward(const PackedProjection& packed,
+                                                  const AttentionArguments& options) {
+  check_packed_qkv<c10::SymInt>("packed_attention_forward", packed);
+  const Parts parts(packed);
+  auto [out, logsumexp] = call_attention_forward(parts.arguments(options));
   return {merge_heads(out), logsumexp};
 }
 
-PackedBackwardResult decomposed_packed_backward(
-    const at::Tensor& grad_out, const OptionalTensor& grad_logsumexp, const at::Tensor& qkv,
-    std::int64_t num_heads, const at::Tensor& out, const at::Tensor& logsumexp,
-    const OptionalTensor& attn_mask, double dropout_p, bool is_causal,
-    const OptionalTensor& key_padding_mask, const OptionalTensor& dropout_seed,
-    std::array<bool, 2> output_mask) {
-  check_packed_qkv<c10::SymInt>("packed_attention_backward", qkv, num_heads);
-  const Parts parts = split_packed(qkv, num_heads);
-  const bool wanted = output_mask[0];
-  auto [grad_query, grad_key, grad_value, grad_mask] = call_attention_backward(
-      split_heads(grad_out, num_heads), grad_logsumexp, parts.query, parts.key, parts.value,
-      split_heads(out, num_heads), logsumexp, attn_mask, dropout_p, is_causal,
-      /*scale=*/std::nullopt, /*enable_gqa=*/false, /*causal_offset=*/0, key_padding_mask,
-      dropout_seed, {wanted, wanted, wanted, output_mask[1]}, /*contiguous=*/false);
+PackedBackwardResult DecomposedAttention::packed_backward(const PackedProjection& packed,
+                                                          const AttentionArguments& options,
+                                                          const AttentionGradients& gradients) {
+  check_packed_qkv<c10::SymInt>("packed_attention_backward", packed);
+  const Parts parts(packed);
+  const at::Tensor grad_out = split_heads(*gradients.grad_out, packed.num_heads);
+  const at::Tensor out = split_heads(*gradients.out, packed.num_heads);
+  AttentionGradients of_heads = gradients;
+  of_heads.grad_out = &grad_out;
+  of_heads.out = &out;
+  auto [grad_query, grad_key, grad_value, grad_mask] =
+      call_attention_backward(parts.arguments(options), of_heads);
   at::Tensor grad_qkv;
-  if (wanted) {
+  if (gradients.output_mask[kQuery]) {
     grad_qkv =
         at::cat({merge_heads(grad_query), merge_heads(grad_key), merge_heads(grad_value)}, -1);
   }

@@ -4,19 +4,23 @@
 
 #include "attention_arguments.h"
 #include "attention_checks.h"
-#include "attention_operators.h"
 
 namespace torch_ext {
 
-/// Checks qkv and num_heads.
-template <typename Int>
-AttentionGeometry<Int> check_packed_qkv(const char* op, const at::Tensor& qkv,
-                                        std::int64_t num_heads);
+/// The options over qkv in place of query, key and value: for what looks at dtype and device only.
+AttentionArguments over_qkv(const PackedProjection& packed, const AttentionArguments& options);
 
-extern template AttentionGeometry<std::int64_t> check_packed_qkv(const char*, const at::Tensor&,
-                                                                 std::int64_t);
-extern template AttentionGeometry<c10::SymInt> check_packed_qkv(const char*, const at::Tensor&,
-                                                                std::int64_t);
+/// Checks qkv, num_heads and the options.
+template <typename Int>
+AttentionGeometry<Int> check_packed_attention(const char* op, const PackedProjection& packed,
+                                              const AttentionArguments& options);
+
+extern template AttentionGeometry<std::int64_t> check_packed_attention(const char*,
+                                                                       const PackedProjection&,
+                                                                       const AttentionArguments&);
+extern template AttentionGeometry<c10::SymInt> check_packed_attention(const char*,
+                                                                      const PackedProjection&,
+                                                                      const AttentionArguments&);
 
 /// (batch, seq, embed) beside qkv (batch, seq, 3 * embed), in its dtype and on its device.
 void check_packed_out(const char* op, const char* name, const at::Tensor& tensor,
@@ -32,18 +36,38 @@ AttentionGeometry<Int> packed_geometry(c10::ArrayRef<Int> leading_sizes, std::in
 at::Tensor head_view(const at::Tensor& packed, std::int64_t part,
                      const AttentionGeometry<std::int64_t>& geometry);
 
+/// Query, key and value of a packed projection, where they lie in it.
+class HeadViews {
+ public:
+  HeadViews(const at::Tensor& qkv, const AttentionGeometry<std::int64_t>& geometry)
+      : query_(head_view(qkv, 0, geometry)),
+        key_(head_view(qkv, 1, geometry)),
+        value_(head_view(qkv, 2, geometry)) {}
+
+  /// Refers to this object.
+  AttentionArguments arguments(const AttentionArguments& options) const;
+
+ private:
+  at::Tensor query_;
+  at::Tensor key_;
+  at::Tensor value_;
+};
+
+/// The gradients that are no part of qkv's.
+inline GradientSet without_qkv(GradientSet wanted) {
+  wanted[kQuery] = wanted[kKey] = wanted[kValue] = false;
+  return wanted;
+}
+
 /// packed_attention_forward and packed_attention_backward by way of attention_forward and
 /// attention_backward and differentiable views: one concatenation more, for where a second
 /// derivative or a transform is at work.
-ForwardResult decomposed_packed_forward(const at::Tensor& qkv, std::int64_t num_heads,
-                                        const OptionalTensor& attn_mask, double dropout_p,
-                                        bool is_causal, const OptionalTensor& key_padding_mask,
-                                        const OptionalTensor& dropout_seed);
-PackedBackwardResult decomposed_packed_backward(
-    const at::Tensor& grad_out, const OptionalTensor& grad_logsumexp, const at::Tensor& qkv,
-    std::int64_t num_heads, const at::Tensor& out, const at::Tensor& logsumexp,
-    const OptionalTensor& attn_mask, double dropout_p, bool is_causal,
-    const OptionalTensor& key_padding_mask, const OptionalTensor& dropout_seed,
-    std::array<bool, 2> output_mask);
+struct DecomposedAttention {
+  static ForwardResult packed_forward(const PackedProjection& packed,
+                                      const AttentionArguments& options);
+  static PackedBackwardResult packed_backward(const PackedProjection& packed,
+                                              const AttentionArguments& options,
+                                              const AttentionGradients& gradients);
+};
 
 }  // namespace torch_ext

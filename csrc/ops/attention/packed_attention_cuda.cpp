@@ -2,18 +2,13 @@
 #include <torch/library.h>
 
 #include "attention_cuda.h"
-#include "packed_attention_kernels.h"
+#include "attention_signature.h"
 
 namespace torch_ext {
-namespace {
-
-using Kernels = PackedAttentionKernels<run_attention_forward_cuda, run_attention_backward_cuda>;
-
-}  // namespace
 
 TORCH_LIBRARY_IMPL(torch_ext, CUDA, m) {
-  m.impl("packed_attention_forward", TORCH_FN(Kernels::forward));
-  m.impl("packed_attention_backward", TORCH_FN(Kernels::backward));
+  m.impl("packed_attention_forward", TORCH_FN(packed_attention_forward_kernel<CudaAttention>));
+  m.impl("packed_attention_backward", TORCH_FN(packed_attention_backward_kernel<CudaAttention>));
 }
 
 }  // namespace torch_ext

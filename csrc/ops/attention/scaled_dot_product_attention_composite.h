@@ -2,15 +2,11 @@
 // operator under torch's name, and calls it past the dispatcher, as one entry of a profile.
 #pragma once
 
-#include "../optional_tensor.h"
+#include "attention_arguments.h"
 
 namespace torch_ext {
 
-/// For what autograd, autocast and transforms have seen already. Arguments as the operator's.
-at::Tensor composite_scaled_dot_product_attention(const at::Tensor& query, const at::Tensor& key,
-                                                  const at::Tensor& value,
-                                                  const OptionalTensor& attn_mask, double dropout_p,
-                                                  bool is_causal, std::optional<double> scale,
-                                                  bool enable_gqa);
+/// For what autograd, autocast and transforms have seen already.
+at::Tensor composite_scaled_dot_product_attention(const AttentionArguments& arguments);
 
 }  // namespace torch_ext

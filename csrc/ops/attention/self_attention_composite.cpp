@@ -1,9 +1,12 @@
 // torch_ext::self_attention: projection, packed attention, projection.
+#include <ATen/SequenceNumber.h>
 #include <ATen/ops/linear.h>
 #include <ATen/record_function.h>
 #include <torch/library.h>
 
+#include "attention_autograd.h"
 #include "attention_cpu.h"
+#include "attention_signature.h"
 #include "packed_attention.h"
 #include "plain_dispatch.h"
 #include "symbolic_sizes.h"
@@ -31,15 +34,11 @@ void check_parameter(const char* name, const at::Tensor& parameter, const at::Te
               c10::SymIntArrayRef(sizes), ", got ", own);
 }
 
-struct Parameters {
-  const at::Tensor& in_proj_weight;
-  const at::Tensor* in_proj_bias;
-  const at::Tensor& out_proj_weight;
-  const at::Tensor* out_proj_bias;
-};
-
-void check_self_attention(const at::Tensor& input, const Parameters& parameters,
-                          std::int64_t num_heads, const AttentionArguments& arguments) {
+template <typename Int>
+AttentionGeometry<Int> check_self_attention(const SelfAttentionParameters& parameters,
+                                            const AttentionArguments& options) {
+  const at::Tensor& input = *parameters.input;
+  const std::int64_t num_heads = parameters.num_heads;
   check_tensor_kind(kSelfAttention, "input", input);
   TORCH_CHECK(input.dim() == 2 || input.dim() == 3, "torch_ext::", kSelfAttention,
               ": input takes (batch, seq, embed) or (seq, embed), got ", input.sym_sizes());
@@ -48,9 +47,9 @@ void check_self_attention(const at::Tensor& input, const Parameters& parameters,
               ": num_heads takes a positive number, got ", num_heads);
   TORCH_CHECK(equal(embed % num_heads, c10::SymInt(0)), "torch_ext::", kSelfAttention,
               ": num_heads takes a divisor of embed, ", embed, ", got ", num_heads);
-  check_parameter("in_proj_weight", parameters.in_proj_weight, input, {embed * 3, embed},
+  check_parameter("in_proj_weight", *parameters.in_proj_weight, input, {embed * 3, embed},
                   "(3 * embed, embed)");
-  check_parameter("out_proj_weight", parameters.out_proj_weight, input, {embed, embed},
+  check_parameter("out_proj_weight", *parameters.out_proj_weight, input, {embed, embed},
                   "(embed, embed)");
   if (parameters.in_proj_bias != nullptr) {
     check_parameter("in_proj_bias", *parameters.in_proj_bias, input, {embed * 3}, "(3 * embed)");
@@ -58,62 +57,71 @@ void check_self_attention(const at::Tensor& input, const Parameters& parameters,
   if (parameters.out_proj_bias != nullptr) {
     check_parameter("out_proj_bias", *parameters.out_proj_bias, input, {embed}, "(embed)");
   }
-  const c10::SymIntArrayRef sizes = input.sym_sizes();
-  check_attention_options(
-      kSelfAttention, arguments,
-      packed_geometry<c10::SymInt>(sizes.slice(0, sizes.size() - 1), num_heads, embed / num_heads),
-      SeedArgument::kDrawnLater);
+  const auto sizes = sizes_of<Int>(input);
+  auto geometry = packed_geometry<Int>(sizes.slice(0, sizes.size() - 1), num_heads,
+                                       sizes.back() / Int(num_heads));
+  // Of query, key and value, these checks look at dtype and device.
+  const PackedProjection like_qkv{.qkv = &input, .num_heads = num_heads};
+  check_attention_options(kSelfAttention, over_qkv(like_qkv, options), geometry,
+                          SeedArgument::kDrawnLater);
+  return geometry;
 }
 
-at::Tensor self_attention(const at::Tensor& input, const at::Tensor& in_proj_weight,
-                          const OptionalTensor& in_proj_bias, const at::Tensor& out_proj_weight,
-                          const OptionalTensor& out_proj_bias, std::int64_t num_heads,
-                          const OptionalTensor& attn_mask, double dropout_p, bool is_causal,
-                          const OptionalTensor& key_padding_mask) {
-  const Parameters parameters{in_proj_weight, given(in_proj_bias), out_proj_weight,
-                              given(out_proj_bias)};
-  check_self_attention(input, parameters, num_heads,
-                       {.query = input,
-                        .key = input,
-                        .value = input,
-                        .attn_mask = given(attn_mask),
-                        .dropout_p = dropout_p,
-                        .is_causal = is_causal,
-                        .key_padding_mask = given(key_padding_mask)});
-  const bool plain =
-      is_plain_cpu_inference({&input, &in_proj_weight, parameters.in_proj_bias, &out_proj_weight,
-                              parameters.out_proj_bias, given(attn_mask), given(key_padding_mask)});
-  OptionalTensor seed;
-  if (dropout_p > 0.0) seed = draw_dropout_seed(input);
-  const at::Tensor qkv = at::linear(input, in_proj_weight, in_proj_bias);  // (..., seq, 3 * embed)
-  at::Tensor out;                                                          // (..., seq, embed)
-  if (plain) {
-    RECORD_FUNCTION("torch_ext::packed_attention_forward", c10::ArrayRef<const c10::IValue>{});
-    out =
-        run_packed_attention_forward_cpu(kSelfAttention, qkv, num_heads, given(attn_mask),
-                                         dropout_p, is_causal, given(key_padding_mask), given(seed),
-                                         /*logsumexp=*/nullptr);
-  } else {
-    out = std::get<0>(call_packed_attention_forward(qkv, num_heads, attn_mask, dropout_p, is_causal,
-                                                    key_padding_mask, seed));
+/// packed_attention_forward() past the dispatcher, of checked arguments.
+at::Tensor plain_packed_attention(const PackedProjection& packed, const AttentionArguments& options,
+                                  const AttentionGeometry<std::int64_t>& geometry) {
+  RECORD_FUNCTION("torch_ext::packed_attention_forward",
+                  std::vector<c10::IValue>({*packed.qkv, packed.num_heads}),
+                  static_cast<std::int64_t>(at::sequence_number::peek()));
+  if (needs_gradient({packed.qkv, options.attn_mask})) {
+    return std::get<0>(record_packed_attention_forward(packed, options, geometry));
   }
-  return at::linear(out, out_proj_weight, out_proj_bias);
+  return CpuAttention::packed_out(packed, options, geometry, /*logsumexp=*/nullptr);
 }
+
+struct CompositeSelfAttention {
+  static at::Tensor self_attention(const SelfAttentionParameters& parameters,
+                                   AttentionArguments options) {
+    const at::Tensor& input = *parameters.input;
+    const bool plain = is_plain_cpu_call(
+        {&input, parameters.in_proj_weight, parameters.in_proj_bias, parameters.out_proj_weight,
+         parameters.out_proj_bias, options.attn_mask, options.key_padding_mask});
+    std::optional<AttentionGeometry<std::int64_t>> geometry;
+    if (plain) {
+      geometry = check_self_attention<std::int64_t>(parameters, options);
+    } else {
+      check_self_attention<c10::SymInt>(parameters, options);
+    }
+    at::Tensor seed;
+    if (options.dropout_p > 0.0) {
+      seed = draw_dropout_seed(input);
+      options.dropout_seed = &seed;
+    }
+    // (..., seq, 3 * embed)
+    const at::Tensor qkv =
+        at::linear(input, *parameters.in_proj_weight, optional(parameters.in_proj_bias));
+    const PackedProjection packed{.qkv = &qkv, .num_heads = parameters.num_heads};
+    const at::Tensor out =  // (..., seq, embed)
+        plain ? plain_packed_attention(packed, options, *geometry)
+              : std::get<0>(call_packed_attention_forward(packed, options));
+    return at::linear(out, *parameters.out_proj_weight, optional(parameters.out_proj_bias));
+  }
+};
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(torch_ext, CompositeImplicitAutograd, m) {
-  m.impl(kSelfAttention, TORCH_FN(self_attention));
+  m.impl(kSelfAttention, TORCH_FN(self_attention_kernel<CompositeSelfAttention>));
 }
 
 // Nested tensors have a composite key of their own; the checks name them as unsupported.
 TORCH_LIBRARY_IMPL(torch_ext, CompositeImplicitAutogradNestedTensor, m) {
-  m.impl(kSelfAttention, TORCH_FN(self_attention));
+  m.impl(kSelfAttention, TORCH_FN(self_attention_kernel<CompositeSelfAttention>));
 }
 
 // vmap takes the composite apart, instead of calling it once for each sample.
 TORCH_LIBRARY_IMPL(torch_ext, FuncTorchBatched, m) {
-  m.impl(kSelfAttention, TORCH_FN(self_attention));
+  m.impl(kSelfAttention, TORCH_FN(self_attention_kernel<CompositeSelfAttention>));
 }
 
 }  // namespace torch_ext

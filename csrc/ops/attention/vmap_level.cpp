@@ -61,18 +61,6 @@ at::Tensor VmapLevel::sample(const at::Tensor& tensor, std::int64_t index) const
   return is_mapped(tensor) ? unwrapped.select(0, index) : unwrapped;
 }
 
-OptionalTensor VmapLevel::fold(const OptionalTensor& tensor, std::int64_t dims) const {
-  return given(tensor) == nullptr ? std::nullopt : OptionalTensor(fold(*tensor, dims));
-}
-
-OptionalTensor VmapLevel::fold_expanded(const OptionalTensor& tensor, std::int64_t dims) const {
-  return given(tensor) == nullptr ? std::nullopt : OptionalTensor(fold_expanded(*tensor, dims));
-}
-
-OptionalTensor VmapLevel::sample(const OptionalTensor& tensor, std::int64_t index) const {
-  return given(tensor) == nullptr ? std::nullopt : OptionalTensor(sample(*tensor, index));
-}
-
 at::Tensor VmapLevel::wrap(const at::Tensor& folded) const {
   return folded.defined() ? at::functorch::makeBatched(folded, 0, level_) : folded;
 }

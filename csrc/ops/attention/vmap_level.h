@@ -9,8 +9,6 @@
 
 #include <cstdint>
 
-#include "attention_arguments.h"
-
 namespace torch_ext {
 
 /// The innermost vmap that maps one of an operator's arguments, of which null and undefined ones do
@@ -28,15 +26,12 @@ class VmapLevel {
   /// (mapped, 1..., sample...) with `dims` dimensions behind the mapped one. A tensor that is not
   /// mapped broadcasts as it is.
   at::Tensor fold(const at::Tensor& tensor, std::int64_t dims) const;
-  OptionalTensor fold(const OptionalTensor& tensor, std::int64_t dims) const;
 
   /// As fold(), but a tensor that is not mapped is expanded to the mapped size.
   at::Tensor fold_expanded(const at::Tensor& tensor, std::int64_t dims) const;
-  OptionalTensor fold_expanded(const OptionalTensor& tensor, std::int64_t dims) const;
 
   /// Below this level: sample `index` where the tensor is mapped, else the tensor.
   at::Tensor sample(const at::Tensor& tensor, std::int64_t index) const;
-  OptionalTensor sample(const OptionalTensor& tensor, std::int64_t index) const;
 
   /// From (mapped, ...) to what the caller of vmap sees: samples shaped `sizes`.
   at::Tensor wrap(const at::Tensor& folded, c10::SymIntArrayRef sizes) const;

@@ -41,8 +41,14 @@ at::Tensor fused_attention(const at::Tensor& query, const at::Tensor& key, const
     return at::native::scaled_dot_product_attention(query, key, value, attn_mask, dropout_p,
                                                     is_causal, scale, enable_gqa);
   }
-  return composite_scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal,
-                                                scale, enable_gqa);
+  return composite_scaled_dot_product_attention({.query = &query,
+                                                 .key = &key,
+                                                 .value = &value,
+                                                 .attn_mask = given(attn_mask),
+                                                 .dropout_p = dropout_p,
+                                                 .is_causal = is_causal,
+                                                 .scale = scale,
+                                                 .enable_gqa = enable_gqa});
 }
 
 }  // namespace

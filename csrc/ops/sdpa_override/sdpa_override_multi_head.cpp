@@ -10,8 +10,8 @@
 
 #include <tuple>
 
-#include "../attention/attention_operators.h"
 #include "../attention/attention_path.h"
+#include "../attention/attention_signature.h"
 #include "sdpa_override_kernels.h"
 #include "torch_backend_choice.h"
 
@@ -105,9 +105,14 @@ at::Tensor self_attention_of(const at::Tensor& input, const at::Tensor& qkv_weig
                              const at::Tensor& qkv_bias, const at::Tensor& proj_weight,
                              const at::Tensor& proj_bias, std::int64_t num_heads,
                              const SelfAttentionMasks& masks) {
-  return call_self_attention(input, qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads,
-                             masks.attn_mask, /*dropout_p=*/0.0, /*is_causal=*/false,
-                             masks.key_padding_mask);
+  return call_self_attention(
+      {.input = &input,
+       .in_proj_weight = &qkv_weight,
+       .in_proj_bias = &qkv_bias,
+       .out_proj_weight = &proj_weight,
+       .out_proj_bias = &proj_bias,
+       .num_heads = num_heads},
+      {.attn_mask = given(masks.attn_mask), .key_padding_mask = given(masks.key_padding_mask)});
 }
 
 std::tuple<at::Tensor, at::Tensor> torch_multi_head_attention(
