@@ -87,6 +87,8 @@ class FiberBlock {
   }
 
   float exp2_fast(float x) const { return exp2(x); }
+  float product(float a, float b) const { return a * b; }
+  double product(double a, double b) const { return a * b; }
   float exp2(float x) const { return std::exp2(x); }
   double exp2(double x) const { return std::exp2(x); }
   float log(float x) const { return std::log(x); }

@@ -116,11 +116,11 @@ struct AttentionBackwardKeysProgram {
         step.queries(args.shape), static_cast<int>(args.shape.head_dim));
     constexpr int kStatChunks = kQueries * 4 / kCopyBytes;
     const int thread = block.anew(block.thread());
-    if (thread < 2 * kStatChunks) {
+    if (thread < kRowStats * kStatChunks) {
       const int which = thread / kStatChunks;
       const int chunk = thread % kStatChunks;
       const float* stats = static_cast<const float*>(args.row_stats) +
-                           ((place.slice + step.head) * 2 + which) * args.padded_rows +
+                           ((place.slice + step.head) * kRowStats + which) * args.padded_rows +
                            step.first_query() + chunk * 4;
       block.copy_async(Tile::kStats + stage * Tile::kStatsBytes +
                            static_cast<std::uint32_t>((which * kQueries + chunk * 4) * 4),

@@ -6,6 +6,7 @@
 #include "attention_mask_gradient.cuh"
 #include "attention_scalar_backward.cuh"
 #include "attention_score_gradients.cuh"
+#include "attention_tile_row_stats.cuh"
 
 namespace torch_ext::cuda {
 
@@ -25,13 +26,6 @@ struct BackwardLaunches {
   void launch(std::int64_t blocks) const {
     static_assert(Program::kSharedBytes <= kLeastSharedLimit);
     launcher.template launch<Program>(blocks, args);
-  }
-
-  template <typename Element, typename T>
-  void row_stats() const {
-    using Program = AttentionRowStatsProgram<Element, T>;
-    launch<Program>((slices() * args.padded_rows + Program::kRowsPerBlock - 1) /
-                    Program::kRowsPerBlock);
   }
 
   template <typename Program, typename T>
@@ -67,7 +61,8 @@ struct BackwardLaunches {
   template <typename Element, int kDim>
   void tensor_core() const {
     constexpr bool kIsTf32 = std::is_same_v<Element, Tf32>;
-    row_stats<StoredElement<Element>, float>();
+    launch<AttentionTileRowStatsProgram<Element>>(
+        slices() * (args.padded_rows / AttentionTileRowStatsProgram<Element>::kRows));
     if (wants_keys() || schedule.sums_grad_query) {
       if constexpr (kDim <= 128 && !kIsTf32) {
         if (schedule.general) {
@@ -100,7 +95,9 @@ struct BackwardLaunches {
       return cols <= Tile::kOutCols ? 1 : (cols + Tile::kOutCols - 1) / Tile::kOutCols;
     };
     const DeviceShape& shape = args.shape;
-    row_stats<Element, T>();
+    using RowStatsProgram = AttentionRowStatsProgram<Element, T>;
+    launch<RowStatsProgram>((slices() * args.padded_rows + RowStatsProgram::kRowsPerBlock - 1) /
+                            RowStatsProgram::kRowsPerBlock);
     if (wants_keys()) {
       launch<AttentionScalarGradKeysProgram<Element, T>>(
           tiles(shape.kv_len) * pairs() *

@@ -33,10 +33,11 @@ struct AttentionCombineProgram {
       if (candidate > maximum) maximum = candidate;
     }
     const T reference = maximum == -infinity<T>() ? T{0} : maximum;
+    const T log2 = static_cast<T>(args.unit * kLog2eDouble);
     T sum = 0;
     for (std::int64_t split = 0; split < args.splits; ++split) {
-      sum +=
-          block.exp2(stats[split * split_rows * 2] - reference) * stats[split * split_rows * 2 + 1];
+      sum += block.exp2((stats[split * split_rows * 2] - reference) * log2) *
+             stats[split * split_rows * 2 + 1];
     }
     const T inverse = sum == T{0} ? T{0} : static_cast<T>(args.dropout.scale) / sum;
     const T* out =
@@ -46,7 +47,7 @@ struct AttentionCombineProgram {
     for (std::int64_t d = block.thread(); d < args.shape.value_dim; d += kThreads) {
       T joined = 0;
       for (std::int64_t split = 0; split < args.splits; ++split) {
-        joined += block.exp2(stats[split * split_rows * 2] - reference) *
+        joined += block.exp2((stats[split * split_rows * 2] - reference) * log2) *
                   out[split * split_rows * args.shape.value_dim + d];
       }
       store_element<Element_>(block, args.out.data, target + d * args.out.col_stride,
@@ -55,7 +56,7 @@ struct AttentionCombineProgram {
     if (args.logsumexp != nullptr && block.thread() == 0) {
       static_cast<T*>(
           args.logsumexp)[(batch * args.shape.query_heads + head) * args.shape.q_len + query] =
-          row_logsumexp(block, maximum, sum);
+          row_logsumexp(block, maximum, static_cast<T>(args.unit), sum);
     }
   }
 };

@@ -79,7 +79,6 @@ struct AttentionDecodeProgram {
     softmax.start();
     Out out;
     clear<1, kOutTiles>(out);
-    const float factor = static_cast<float>(args.scale) * kLog2e;
     const Score score{shape, args.masking, args.dropout, tile, 0};
     int stage = 0;
     TORCH_EXT_NO_UNROLL
@@ -90,8 +89,8 @@ struct AttentionDecodeProgram {
       typename Score::Scores scores;
       clear<1, kScoreTiles>(scores);
       multiply_rows<Element, kDim, 1, kScoreTiles>(block, scores, 0, 0, keys, warp_key);
-      score.modify(block, bits_of(first), first + warp_key, factor, scores);
-      softmax.update(block, scores, 1.0f, out);
+      score.modify(block, bits_of(first), first + warp_key, static_cast<float>(args.scale), scores);
+      softmax.update(block, scores, kLog2e, out);
       if (args.dropout.active) {
         score.for_kept(block, first + warp_key, [&](int m, int n, int e, bool kept) {
           if (!kept) scores[m][n][e] = 0.0f;
@@ -153,8 +152,8 @@ struct AttentionDecodeProgram {
       float sum = 0.0f;
       TORCH_EXT_UNROLL
       for (int of = 0; of < kWarps; ++of) {
-        weight[of] =
-            block.exp2_fast(block.template shared<float>(stats_place(of, row)) - reference);
+        weight[of] = block.exp2_fast(
+            (block.template shared<float>(stats_place(of, row)) - reference) * kLog2e);
         sum += weight[of] * block.template shared<float>(stats_place(of, row) + 4);
       }
       const bool partial = args.partial_out != nullptr;

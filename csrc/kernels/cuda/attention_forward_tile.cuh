@@ -78,7 +78,7 @@ struct AttentionForwardProgram {
     softmax.start();
     Out out;
     clear<kMTiles, kOutTiles>(out);
-    const float factor = static_cast<float>(args.scale) * kLog2e;
+    const float factor = static_cast<float>(args.unit * kLog2eDouble);
 
     int first = next_tile(tile.key_begin);
     if (first < tile.key_end) {
@@ -106,8 +106,8 @@ struct AttentionForwardProgram {
         score.modify(block,
                      tile_bits(args.masking.map, tile.map, tile.first_query, tile.last_query,
                                tile.pack, first, first),
-                     first, factor, scores);
-        softmax.update(block, scores, 1.0f, out);
+                     first, static_cast<float>(args.scale), scores);
+        softmax.update(block, scores, factor, out);
         if (args.dropout.active) {
           score.for_kept(block, first, [&](int m, int n, int e, bool kept) {
             if (!kept) scores[m][n][e] = 0.0f;

@@ -26,14 +26,14 @@ struct AttentionKeyScores {
   TORCH_EXT_DEVICE void weigh(Block& block, const Step& step, int first_query, std::uint32_t stats,
                               Scores& weights, Scores& grads) const {
     const DeviceMasking& masking = args.masking;
-    const float factor = static_cast<float>(args.scale) * kLog2e;
+    const float scale = static_cast<float>(args.scale);
     bool masked = place.first_key + Tile::kKeys > masking.key_end(first_query, args.shape.kv_len);
     TORCH_EXT_UNROLL
     for (int m = 0; m < kMTiles; ++m) {
       TORCH_EXT_UNROLL
       for (int n = 0; n < kScoreTiles; ++n) {
         TORCH_EXT_UNROLL
-        for (int e = 0; e < 4; ++e) weights[m][n][e] *= factor;
+        for (int e = 0; e < 4; ++e) weights[m][n][e] = block.product(weights[m][n][e], scale);
       }
     }
     if constexpr (Tile::kGeneral) {
@@ -131,16 +131,17 @@ struct AttentionKeyScores {
                                    std::uint32_t stats, bool kept, float keep_scale, float& weight,
                                    float& grad) const {
     stats += static_cast<std::uint32_t>(column * 4);
-    const float logsumexp = block.template shared<float>(stats);
-    const float delta = block.template shared<float>(stats + Tile::kQueries * 4);
+    const RowStats<float> row_stats{block.template shared<float>(stats),
+                                    block.template shared<float>(stats + Tile::kQueries * 4),
+                                    block.template shared<float>(stats + 2 * Tile::kQueries * 4)};
     float score = weight;
     if constexpr (kMasked) {
       if (key >= args.masking.key_end(first_query + column, args.shape.kv_len)) {
         score = -infinity<float>();
       }
     }
-    const WeightAndGradient<float> result = torch_ext::cuda::weigh<float, kMasked>(
-        block, score, grad, logsumexp, delta, kept, keep_scale);
+    const WeightAndGradient<float> result =
+        torch_ext::cuda::weigh<float, kMasked>(block, score, grad, row_stats, kept, keep_scale);
     weight = result.weight;
     grad = result.grad_score;
   }

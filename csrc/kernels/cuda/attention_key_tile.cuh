@@ -58,7 +58,8 @@ struct AttentionKeyTile {
   static constexpr std::uint32_t kGradOutTile = kQueryTile + 2 * kQueryBytes;
   static constexpr std::uint32_t kGradScoreTile = kGradOutTile + kQueryBytes;
   static constexpr std::uint32_t kStats = kGradScoreTile + kKeys * kGradCols * kBytes;
-  static constexpr int kStatsBytes = 2 * kQueries * 4;  // logsumexp, then delta; two of them
+  static constexpr int kStatsBytes =
+      kRowStats * kQueries * 4;  // of a stage, of which there are two
   static constexpr std::uint32_t kPlace = kStats + 2 * kStatsBytes;
   static constexpr int kSharedBytes = static_cast<int>(kPlace + sizeof(KeyTilePlace));
 

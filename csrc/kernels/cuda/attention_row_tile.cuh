@@ -50,7 +50,7 @@ TORCH_EXT_DEVICE void store_row_stats(Block& block, const AttentionForwardArgs& 
     const std::int64_t slice =
         tile.batch * args.shape.query_heads + tile.first_head + tile.head_of(row);
     static_cast<float*>(args.logsumexp)[slice * args.shape.q_len + tile.query_of(row)] =
-        row_logsumexp(block, maximum, sum);
+        row_logsumexp(block, maximum, static_cast<float>(args.unit), sum);
   }
 }
 

@@ -45,24 +45,24 @@ struct ScalarScores {
                         shape.head_dim);
     Tile::multiply_rows(block, grads, grad_out, first_row, rows, value, first_key, keys,
                         shape.value_dim);
-    const T factor = static_cast<T>(args.scale * 1.4426950408889634);
+    const T scale = static_cast<T>(args.scale);
     const std::uint64_t seed =
         args.dropout.active ? static_cast<std::uint64_t>(*args.dropout.seed) : 0;
-    const T* stats = static_cast<const T*>(args.row_stats) + slice * 2 * args.padded_rows;
+    const T* stats = static_cast<const T*>(args.row_stats) + slice * kRowStats * args.padded_rows;
     TORCH_EXT_UNROLL
     for (int i = 0; i < Tile::kPerThread; ++i) {
       const std::int64_t row = first_row + Tile::y_of(block.thread()) + Tile::kSide * i;
-      const T logsumexp = stats[row];
-      const T delta = stats[args.padded_rows + row];
+      const RowStats<T> row_stats{stats[row], stats[args.padded_rows + row],
+                                  stats[2 * args.padded_rows + row]};
       TORCH_EXT_UNROLL
       for (int j = 0; j < Tile::kPerThread; ++j) {
         const std::int64_t column = first_key + Tile::x_of(block.thread()) + Tile::kSide * j;
-        const T score = pair_score<Element>(block, args.masking, shape, weights[i][j], factor, row,
+        const T score = pair_score<Element>(block, args.masking, shape, weights[i][j], scale, row,
                                             column, mask_start, padding_start);
         const bool kept =
             !args.dropout.active || dropout_keeps(seed, args.dropout.threshold, slice, row, column);
         const WeightAndGradient<T> result = weigh<T, true>(
-            block, score, grads[i][j], logsumexp, delta, kept, static_cast<T>(args.dropout.scale));
+            block, score, grads[i][j], row_stats, kept, static_cast<T>(args.dropout.scale));
         weights[i][j] = result.weight;
         grads[i][j] = result.grad_score;
       }

@@ -44,7 +44,8 @@ struct AttentionScalarForwardProgram {
     const std::int64_t map = map_start(masking.map, shape, batch, head);
     const std::uint64_t seed =
         args.dropout.active ? static_cast<std::uint64_t>(*args.dropout.seed) : 0;
-    const T factor = static_cast<T>(args.scale * 1.4426950408889634);
+    const T scale = static_cast<T>(args.scale);
+    constexpr T kExponent = static_cast<T>(kLog2eDouble);
     const int y = Tile::y_of(block.thread());
     const int x = Tile::x_of(block.thread());
 
@@ -75,28 +76,30 @@ struct AttentionScalarForwardProgram {
         TORCH_EXT_UNROLL
         for (int j = 0; j < kPerThread; ++j) {
           const std::int64_t column = first + x + kSide * j;
-          scores[i][j] = pair_score<Element>(block, masking, shape, scores[i][j], factor, row,
+          scores[i][j] = pair_score<Element>(block, masking, shape, scores[i][j], scale, row,
                                              column, mask_start, padding_start);
           best = max_of(best, scores[i][j]);
         }
         best = Tile::across_columns(block, best, [](T a, T b) { return max_of(a, b); });
         best = max_of(best, maximum[i]);
         const T reference = best == -infinity<T>() ? T{0} : best;
-        const T shrink = block.exp2(maximum[i] - reference);
+        const T shrink = block.exp2((maximum[i] - reference) * kExponent);
         maximum[i] = best;
         sum[i] *= shrink;
         TORCH_EXT_UNROLL
         for (int j = 0; j < Tile::kOutPerThread; ++j) out[i][j] *= shrink;
+        T tile_sum = T{0};
         TORCH_EXT_UNROLL
         for (int j = 0; j < kPerThread; ++j) {
-          T weight = block.exp2(scores[i][j] - reference);
-          sum[i] += weight;
+          T weight = block.exp2((scores[i][j] - reference) * kExponent);
+          tile_sum += weight;
           if (args.dropout.active &&
               !dropout_keeps(seed, args.dropout.threshold, slice, row, first + x + kSide * j)) {
             weight = T{0};
           }
           scores[i][j] = weight;
         }
+        sum[i] += tile_sum;
       }
       block.sync();
       Tile::keep(block, Tile::kWeights, scores);
@@ -113,7 +116,7 @@ struct AttentionScalarForwardProgram {
       const std::int64_t row = y + kSide * i;
       if (args.logsumexp != nullptr && chunk == 0 && x == 0 && row < rows) {
         static_cast<T*>(args.logsumexp)[slice * shape.q_len + first_row + row] =
-            row_logsumexp(block, maximum[i], total);
+            row_logsumexp(block, maximum[i], T{1}, total);
       }
     }
     Tile::store(block, out, args.out, out_start, first_row, rows, first_out, shape.value_dim, T{1});

@@ -15,6 +15,11 @@ struct RowSource {
   std::int64_t start;
   std::int64_t row_stride;
   std::int64_t col_stride;
+
+  template <typename Element, typename T, typename Block>
+  TORCH_EXT_DEVICE T load(Block& block, std::int64_t row, std::int64_t col) const {
+    return load_element<Element, T>(block, data, start + row * row_stride + col * col_stride);
+  }
 };
 
 template <typename View>
@@ -60,8 +65,7 @@ struct ScalarTile {
   template <typename Block>
   TORCH_EXT_DEVICE static T load(Block& block, const RowSource& source, std::int64_t row,
                                  std::int64_t col) {
-    return load_element<Element, T>(
-        block, source.data, source.start + row * source.row_stride + col * source.col_stride);
+    return source.template load<Element, T>(block, row, col);
   }
 
   /// scores += left[rows] right[columns]^T over `depth` columns. Rows and columns beyond the counts
@@ -121,13 +125,16 @@ struct ScalarTile {
   }
 
   /// out += tile right[:, first_out:], or the tile's transpose: kTransposed. `count` rows of right,
-  /// from first_row on; columns beyond `cols` are zeros. Begins with a barrier.
+  /// from first_row on; columns beyond `cols` are zeros. Begins with a barrier. The tile's sum is
+  /// made by itself: added to a long one product by product it would round a thousand times.
   template <bool kTransposed, typename Block>
   TORCH_EXT_DEVICE static void multiply_tile(Block& block, Out& out, std::uint32_t tile,
                                              const RowSource& right, std::int64_t first_row,
                                              std::int64_t count, std::int64_t first_out,
                                              std::int64_t cols) {
     const int thread = block.thread();
+    Out sum;
+    clear(sum);
     for (int start = 0; start < kRows; start += kDepth) {
       block.sync();
       for (int place = thread; place < kDepth * kOutCols; place += kThreads) {
@@ -151,9 +158,14 @@ struct ScalarTile {
           const T b = block.template shared<T>(kStage + (d * kOutCols + x_of(thread) + kSide * j) *
                                                             sizeof(T));
           TORCH_EXT_UNROLL
-          for (int i = 0; i < kPerThread; ++i) out[i][j] += a[i] * b;
+          for (int i = 0; i < kPerThread; ++i) sum[i][j] += a[i] * b;
         }
       }
+    }
+    TORCH_EXT_UNROLL
+    for (int i = 0; i < kPerThread; ++i) {
+      TORCH_EXT_UNROLL
+      for (int j = 0; j < kOutPerThread; ++j) out[i][j] += sum[i][j];
     }
   }
 
@@ -194,13 +206,13 @@ struct ScalarTile {
   }
 };
 
-/// The masked score of one pair in the log2 domain, for every path that takes pairs one by one.
+/// The masked natural score of one pair, for every path that takes pairs one by one.
 template <typename Element, typename T, typename Block>
 TORCH_EXT_DEVICE T pair_score(Block& block, const DeviceMasking& masking, const DeviceShape& shape,
-                              T product, T factor, std::int64_t row, std::int64_t key,
+                              T product, T scale, std::int64_t row, std::int64_t key,
                               std::int64_t mask_start, std::int64_t padding_start) {
   if (row >= shape.q_len || key >= masking.key_end(row, shape.kv_len)) return -infinity<T>();
-  T score = product * factor;
+  T score = block.product(product, scale);
   if (masking.kind != AttentionMaskKind::kNone) {
     const std::int64_t offset =
         mask_start + row * masking.mask.row_stride + key * masking.mask.col_stride;

@@ -94,21 +94,20 @@ struct ScoreGradientTile {
     multiply_rows<Element, kDim, 1, kScoreTiles>(block, grads, kGradOutTile, warp_row, kValueTile,
                                                  0);
     const Score score{args.shape, args.masking, args.dropout, tile, warp_row};
-    score.modify(block, bits, first_key, static_cast<float>(args.scale) * kLog2e, scores);
-    float logsumexp[2];
-    float delta[2];
+    score.modify(block, bits, first_key, static_cast<float>(args.scale), scores);
+    RowStats<float> row_stats[2];
     const std::int64_t slice = tile.batch * args.shape.query_heads + tile.first_head;
-    const float* stats =
-        static_cast<const float*>(args.row_stats) + slice * 2 * args.padded_rows + tile.first_row;
+    const float* stats = static_cast<const float*>(args.row_stats) +
+                         slice * kRowStats * args.padded_rows + tile.first_row;
     TORCH_EXT_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int row = score.row_of(block, 0, half);
-      logsumexp[half] = stats[row];
-      delta[half] = stats[args.padded_rows + row];
+      row_stats[half] = {stats[row], stats[args.padded_rows + row],
+                         stats[2 * args.padded_rows + row]};
     }
     const auto weigh_one = [&](int n, int e, bool kept, float keep_scale) {
-      grads[0][n][e] = weigh<float, true>(block, scores[0][n][e], grads[0][n][e], logsumexp[e / 2],
-                                          delta[e / 2], kept, keep_scale)
+      grads[0][n][e] = weigh<float, true>(block, scores[0][n][e], grads[0][n][e], row_stats[e / 2],
+                                          kept, keep_scale)
                            .grad_score;
     };
     if (args.dropout.active) {

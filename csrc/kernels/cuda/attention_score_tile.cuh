@@ -93,7 +93,7 @@ struct ScoreTile {
     }
   }
 
-  /// Scores are in the log2 domain.
+  /// Scores are natural ones.
   template <typename Block>
   TORCH_EXT_DEVICE void add_masks(Block& block, int first_key, Scores& scores) const {
     const int column = first_key + block.thread() % 4 * 2;
@@ -123,17 +123,17 @@ struct ScoreTile {
     });
   }
 
-  /// Brings scores into the log2 domain and masks them. bits: of the map's tile around them.
-  /// Returns whether any may be masked.
+  /// Makes natural scores of products and masks them. bits: of the map's tile around them. Returns
+  /// whether any may be masked.
   template <typename Block>
-  TORCH_EXT_DEVICE bool modify(Block& block, std::uint32_t bits, int first_key, float factor,
+  TORCH_EXT_DEVICE bool modify(Block& block, std::uint32_t bits, int first_key, float scale,
                                Scores& scores) const {
     TORCH_EXT_UNROLL
     for (int m = 0; m < kMTiles; ++m) {
       TORCH_EXT_UNROLL
       for (int n = 0; n < kNTiles; ++n) {
         TORCH_EXT_UNROLL
-        for (int e = 0; e < 4; ++e) scores[m][n][e] *= factor;
+        for (int e = 0; e < 4; ++e) scores[m][n][e] = block.product(scores[m][n][e], scale);
       }
     }
     const bool masked = (bits & kSomeMasked) != 0 || masking.kind == AttentionMaskKind::kAdditive;

@@ -83,6 +83,7 @@ CudaBackwardSchedule schedule_backward(const AttentionBackwardParams& params,
                            positions_fit(shape) && has_unit_columns(params.query, shape.head_dim) &&
                            has_unit_columns(params.key, shape.head_dim) &&
                            has_unit_columns(params.value, shape.value_dim) &&
+                           has_unit_columns(params.out, shape.value_dim) &&
                            has_unit_columns(params.grad_out, shape.value_dim);
   schedule.path = tensor_core ? CudaPath::kTensorCore : CudaPath::kScalar;
   const std::size_t compute = params.dtype == ScalarType::kFloat64 ? 8 : 4;
@@ -90,7 +91,7 @@ CudaBackwardSchedule schedule_backward(const AttentionBackwardParams& params,
   args.padded_rows = ceil_div(shape.q_len, 64) * 64;
   schedule.row_stats_offset = schedule.total_bytes;
   schedule.total_bytes +=
-      align_up(slices * 2 * static_cast<std::size_t>(args.padded_rows) * compute);
+      align_up(slices * kRowStats * static_cast<std::size_t>(args.padded_rows) * compute);
   if (tensor_core) {
     schedule.general = tf32 || schedule.dim > 128 ||
                        args.masking.kind != AttentionMaskKind::kNone ||

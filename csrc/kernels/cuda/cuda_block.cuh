@@ -116,6 +116,9 @@ class CudaBlock {
   }
   TORCH_EXT_DEVICE float exp2(float x) { return exp2f(x); }
   TORCH_EXT_DEVICE double exp2(double x) { return ::exp2(x); }
+  /// a * b, rounded before a sum takes it: no fused multiply-add.
+  TORCH_EXT_DEVICE float product(float a, float b) { return __fmul_rn(a, b); }
+  TORCH_EXT_DEVICE double product(double a, double b) { return __dmul_rn(a, b); }
   TORCH_EXT_DEVICE float log(float x) { return logf(x); }
   TORCH_EXT_DEVICE double log(double x) { return ::log(x); }
 

@@ -49,6 +49,7 @@ CudaForwardSchedule schedule_forward(const AttentionForwardParams& params, bool 
   args.dropout = device_dropout(params.dropout);
   args.pack = 1;
   args.splits = 1;
+  args.unit = 1.0;
   args.split_len = ceil_div(std::max<std::int64_t>(shape.kv_len, 1), kMapTile) * kMapTile;
   if (shape.batch() * shape.query_heads * shape.q_len * shape.kv_len == 0) {
     schedule.path = CudaPath::kEmpty;
@@ -78,9 +79,11 @@ CudaForwardSchedule schedule_forward(const AttentionForwardParams& params, bool 
                      args.masking.padding.data != nullptr || args.dropout.active ||
                      !(factor > 0.0f && std::isfinite(factor)) || !args.query.copies_whole_chunks ||
                      !args.key.copies_whole_chunks || !args.value.copies_whole_chunks;
+  if (!schedule.general) args.unit = params.transform.scale;
   // The grouped heads of few queries share a tile: their keys are read once.
   if (shape.q_len * shape.group() <= 64) args.pack = shape.group();
   schedule.decode = shape.q_len * args.pack <= kDecodeRows;
+  if (schedule.decode) args.unit = 1.0;
   const std::int64_t tile_rows =
       schedule.decode ? kDecodeRows : tensor_core_rows(schedule.dim, schedule.general);
   args.row_tiles = ceil_div(args.rows(), tile_rows);

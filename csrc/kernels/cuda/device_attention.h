@@ -106,13 +106,17 @@ struct AttentionForwardArgs {
   std::int64_t splits;     // of the keys
   std::int64_t split_len;  // a multiple of kMapTile
   void* partial_out;       // (splits, slices, rows, value_dim), not normalised; null: no splits
-  void* partial_stats;     // (splits, slices, rows, 2): maximum in the log2 domain, sum
+  void* partial_stats;     // (splits, slices, rows, 2): reference, sum
+  /// Natural scores are unit * those that the kernel keeps: scale where it keeps products, else 1.
+  double unit;
 
   TORCH_EXT_HOST_DEVICE std::int64_t rows() const { return shape.q_len * pack; }
   TORCH_EXT_HOST_DEVICE std::int64_t slices() const {
     return shape.batch * (shape.query_heads / pack);
   }
 };
+
+inline constexpr int kRowStats = 3;
 
 struct AttentionBackwardArgs {
   DeviceShape shape;
@@ -125,8 +129,9 @@ struct AttentionBackwardArgs {
   double scale;
   DeviceMasking masking;
   DeviceDropout dropout;
-  /// (slices, 2, padded_rows): logsumexp in the log2 domain, +inf where a row attends to nothing or
-  /// does not exist, and delta.
+  /// (slices, kRowStats, padded_rows): logsumexp, +inf where a row attends to nothing or does not
+  /// exist; delta; what the exponents of the row's weights lack where logsumexp is too large for
+  /// its type, 0 elsewhere.
   void* row_stats;
   std::int64_t padded_rows;  // q_len in whole tiles
   /// Sum of dQ over the key tiles, in the order of the accumulators; null: by a pass of its own.

@@ -1,4 +1,4 @@
-// Masks on single scores, in the log2 domain, and on whole tiles. A masked score becomes -inf by
+// Masks on single natural scores, and on whole tiles. A masked score becomes -inf by
 // selection, so that a NaN there does not survive.
 #pragma once
 
@@ -10,18 +10,11 @@
 
 namespace torch_ext::cuda {
 
-/// Finite masks do not go below this: the lowest value of the dtype, with which rows are masked by
-/// those who want uniform weights where nothing is left, must not become -inf in the log2 domain.
+/// A finite mask does not make -inf of a score: the lowest value of the dtype masks rows for those
+/// who want uniform weights where nothing is left.
 template <typename T>
-TORCH_EXT_DEVICE constexpr T lowest_mask() {
-  return static_cast<T>(sizeof(T) == 8 ? -1.24e308 : -2.358e38);
-}
-
-/// Rows whose logsumexp lies below this have nothing but such masks; rounded to multiples of 8 and
-/// more, it tells no weights apart. They get no gradient, as for -inf.
-template <typename T>
-TORCH_EXT_DEVICE constexpr T lowest_logsumexp() {
-  return static_cast<T>(sizeof(T) == 8 ? -1e16 : -1e8);
+TORCH_EXT_DEVICE constexpr T lowest_score() {
+  return static_cast<T>(sizeof(T) == 8 ? -1.7976931348623157e308 : -3.4028234663852886e38);
 }
 
 /// Weights 2^x with x below this are 0.
@@ -85,9 +78,9 @@ template <typename T, typename Stored, typename Block>
 TORCH_EXT_DEVICE T masked_score(Block& block, const DeviceMasking& masking, AdditiveMask<Stored>,
                                 T score, std::int64_t offset) {
   const T mask = load_element<Stored, T>(block, masking.mask.data, offset);
+  const T added = score + mask;
   // Not max_of(): a NaN stays.
-  const T finite = mask < lowest_mask<T>() ? lowest_mask<T>() : mask;
-  return mask == -infinity<T>() ? mask : score + finite * static_cast<T>(1.4426950408889634);
+  return mask == -infinity<T>() ? mask : added < lowest_score<T>() ? lowest_score<T>() : added;
 }
 
 /// Offset of (batch, head)'s first entry.

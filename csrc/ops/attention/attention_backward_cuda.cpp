@@ -50,6 +50,7 @@ void run_attention_backward_cuda(const AttentionArguments& arguments,
   const at::Tensor query = with_unit_columns(*arguments.query, allow_tf32);
   const at::Tensor key = with_unit_columns(*arguments.key, allow_tf32);
   const at::Tensor value = with_unit_columns(*arguments.value, allow_tf32);
+  const at::Tensor out = with_unit_columns(*gradients.out, allow_tf32);
   const at::Tensor grad_out =
       with_unit_columns(gradients.grad_out->to(query.scalar_type()), allow_tf32);
   const AttentionBackwardParams params{.dtype = kernel_scalar_type(query.scalar_type()),
@@ -57,7 +58,7 @@ void run_attention_backward_cuda(const AttentionArguments& arguments,
                                        .query = strided_view(query),
                                        .key = strided_view(key),
                                        .value = strided_view(value),
-                                       .out = strided_view(*gradients.out),
+                                       .out = strided_view(out),
                                        .grad_out = strided_view(grad_out),
                                        .logsumexp = logsumexp->const_data_ptr(),
                                        .grad_logsumexp = gradients.grad_logsumexp == nullptr
