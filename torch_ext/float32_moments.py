@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from torch_ext.freed_memory import check_readable
+
 __all__ = [
     "LOW_PRECISION",
     "is_own_hook",
@@ -43,6 +45,7 @@ def moment(state: dict[str, Any], name: str, param: Tensor) -> Tensor:
         found = torch.zeros_like(param, memory_format=torch.preserve_format)
     dtype = torch.float32 if param.dtype in LOW_PRECISION else param.dtype
     if found.dtype != dtype or found.device != param.device:
+        check_readable(local_tensor(found), f"the optimizer's {name}")
         found = found.to(param.device, dtype)
     state[name] = found
     return local_tensor(found)
@@ -65,6 +68,7 @@ def widen_moments(state: dict[str, Any] | None) -> None:
     """For a step that takes the parameter as its float32 master."""
     for name, value in (state or {}).items():
         if isinstance(value, Tensor) and value.dtype in LOW_PRECISION:
+            check_readable(local_tensor(value), f"the optimizer's {name}")
             state[name] = value.float()  # type: ignore[index]
 
 

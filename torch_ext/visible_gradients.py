@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_ext.freed_memory import check_readable
 from torch_ext.optimizer_steps import like_parameter, local_tensor
 
 __all__ = ["VisibleGradients"]
@@ -43,6 +44,8 @@ class VisibleGradients:
         written = self._core.written()
         self._core.forget([index for index in written if self._params[index].grad is None])
         present = [index for index, param in enumerate(self._params) if param.grad is not None]
+        for index in present:
+            check_readable(local_tensor(self._params[index].grad), "an edited .grad")
         self._core.zero_missing(present)
         for index, total in zip(present, self._core.sums(present), strict=True):
             grad = local_tensor(self._params[index].grad)

@@ -39,12 +39,32 @@ def _free_entry(name: str) -> Callable[[GradientAccumulator], None]:
     return lambda accumulator: _free(accumulator.state_dict()[name])
 
 
+def _free_held_entry(name: str) -> Callable[[GradientAccumulator], None]:
+    """One that somebody holds: it would be copied before it is written."""
+
+    def free(accumulator: GradientAccumulator) -> None:
+        accumulator.held = accumulator.state_dict()[name]  # type: ignore[attr-defined]
+        _free(accumulator.held)  # type: ignore[attr-defined]
+
+    return free
+
+
 def _free_parameter(accumulator: GradientAccumulator) -> None:
     _free(accumulator.model[1].weight.data)
 
 
 def _free_moment(accumulator: GradientAccumulator) -> None:
     _free(accumulator.optimizer.state[accumulator.model[1].weight]["exp_avg"])
+
+
+def _free_moment_of_another_dtype(accumulator: GradientAccumulator) -> None:
+    _free_moment(accumulator)
+    accumulator.model.double()
+
+
+def _free_shown_gradient(accumulator: GradientAccumulator) -> None:
+    accumulator.fill_grad()
+    _free(accumulator.model[1].weight.grad)
 
 
 @pytest.mark.parametrize(
@@ -56,6 +76,12 @@ def _free_moment(accumulator: GradientAccumulator) -> None:
         (torch.float32, "AdamW", _free_entry("sum.1.weight")),
         (torch.float32, "RMSprop", _free_entry("sum.1.weight")),
         (torch.bfloat16, "AdamW", _free_entry("sum.0.weight")),
+        (torch.float32, "RMSprop", _free_held_entry("sum.1.weight")),
+        (torch.bfloat16, "AdamW", _free_entry("master.1.weight")),
+        (torch.bfloat16, "SGD", _free_held_entry("master.1.weight")),
+        (torch.bfloat16, "RMSprop", _free_entry("master.1.weight")),
+        (torch.bfloat16, "AdamW", _free_shown_gradient),
+        (torch.float32, "AdamW", _free_moment_of_another_dtype),
     ],
 )
 def test_step(
@@ -65,6 +91,22 @@ def test_step(
     free(accumulator)
     with pytest.raises(RuntimeError, match="storage was freed"):
         accumulator.step()
+
+
+@pytest.mark.parametrize("name", ["noise", "first_square"])
+def test_what_a_state_holds_beside_sums_and_masters_is_a_copy(name: str) -> None:
+    steps = []
+    for free in (False, True):
+        accumulator = _training(torch.float32, "AdamW")
+        _micro_batch(accumulator)
+        accumulator.step()
+        _micro_batch(accumulator)
+        _micro_batch(accumulator)
+        if free:
+            _free(accumulator.state_dict()[name])
+        accumulator.step()
+        steps.append((accumulator.gradient_noise_scale, *accumulator.model.parameters()))
+    assert all(torch.equal(*pair) for pair in zip(*steps, strict=True))
 
 
 @pytest.mark.parametrize("layer", [0, 1])

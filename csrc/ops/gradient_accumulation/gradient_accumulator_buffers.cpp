@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "../tensor_storage.h"
 #include "gradient_accumulator_calls.h"
 
 namespace torch_ext {
@@ -14,6 +15,10 @@ void accumulate(const std::vector<at::Tensor>& sums, const std::vector<at::Tenso
                 double beta) {
   if (sums.empty()) return;
   call_operator<GradAccumulate>(sums, grads, beta, OptionalTensor());
+}
+
+void check_sum(const at::Tensor& sum) {
+  check_readable("GradientAccumulator", "a parameter's sum of gradients", sum);
 }
 
 }  // namespace
@@ -50,6 +55,7 @@ void AccumulationBuffers::convert(Slot& slot) const {
               "torch_ext::GradientAccumulator: a parameter of sizes ", slot.sum.sizes(),
               " has been given sizes ", slot.param.sizes(),
               " while the window holds a gradient of it: call step() or reset() first");
+  check_sum(slot.sum);
   slot.sum = slot.sum.to(slot.param.options().dtype(dtype_of(slot)).requires_grad(false));
   slot.shared = false;
 }
@@ -63,6 +69,7 @@ AccumulationBuffers::Destination AccumulationBuffers::claim(std::size_t index) {
   }
   if (!fits(slot)) convert(slot);
   if (is_held_elsewhere(slot)) {
+    check_sum(slot.sum);
     slot.sum = slot.sum.clone();
     slot.shared = false;
   }

@@ -5,10 +5,13 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/where.h>
 
+#include "../tensor_storage.h"
 #include "gradient_accumulator_buffers.h"
 
 namespace torch_ext {
 namespace {
+
+constexpr const char* kWindow = "GradientAccumulator";
 
 /// Makes `tensor` what `source` is, in the memory of `source`. Unlike set_data() it leaves
 /// autograd's accumulation node, and whoever holds it, alone.
@@ -38,6 +41,8 @@ std::vector<at::Tensor> MasterWeights::current(const std::vector<std::size_t>& i
       continue;
     }
     const at::Tensor param = entry.param.detach();
+    check_readable(kWindow, "a parameter", param);
+    check_readable(kWindow, "a parameter's float32 master", entry.master);
     if (!entry.master.defined() || entry.master.device() != param.device() ||
         entry.master.sizes() != param.sizes()) {
       entry.master = param.to(at::kFloat);

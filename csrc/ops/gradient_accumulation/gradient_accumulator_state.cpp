@@ -143,8 +143,9 @@ StateDict AccumulatorCore::state() {
   state.insert("weight", weight_.state(device()));
   state.insert("micro_batches", at::tensor(micro_batches_, at::kLong));
   state.insert("first_weight", first_weight_.state(device()));
-  if (first_square_.defined()) state.insert("first_square", first_square_);
-  if (noise_.state().defined()) state.insert("noise", noise_.state());
+  // Copies: whoever holds the state may write or free them.
+  if (first_square_.defined()) state.insert("first_square", first_square_.clone());
+  if (noise_.state().defined()) state.insert("noise", noise_.state().clone());
   for (std::size_t i = 0; i < size(); ++i) {
     state.insert("shape." + names_[i], at::tensor(params_[i].sizes(), at::kLong));
     if (buffers_.is_written(i)) state.insert("sum." + names_[i], buffers_.share(i));
