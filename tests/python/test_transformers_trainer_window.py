@@ -67,10 +67,14 @@ class _Reading(Callback):  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
-    ("event", "optimizer"),
-    [("on_pre_optimizer_step", "adafactor"), ("on_optimizer_step", "adamw_torch")],
+    ("event", "optimizer", "times"),
+    [
+        ("on_pre_optimizer_step", "adafactor", 3),
+        ("on_optimizer_step", "adamw_torch", 3),
+        ("on_substep_end", "adamw_torch", 9),
+    ],
 )
-def test_callbacks_read_grad(tmp_path: Path, event: str, optimizer: str) -> None:
+def test_callbacks_read_grad(tmp_path: Path, event: str, optimizer: str, times: int) -> None:
     seen: list[list[list[Tensor | None]]] = []
 
     def reading() -> Callback:
@@ -79,19 +83,22 @@ def test_callbacks_read_grad(tmp_path: Path, event: str, optimizer: str) -> None
 
     trainers = _both(tmp_path, callbacks=reading, optim=optimizer)
     assert_same(*trainers)
-    assert len(seen[0]) == 3
+    assert len(seen[0]) == times
     for ours, stock in zip(*seen, strict=True):
         assert_same_but_for_rounding(ours, stock, amplified=TRAINING_AMPLIFIES)
     assert all(param.grad is None for param in trainers[0].model.parameters())
 
 
 class _Editing(Callback):  # type: ignore[misc]
-    def __init__(self, edit: Callable[[nn.Parameter], None]) -> None:
-        self._edit = edit
+    def __init__(
+        self, edit: Callable[[nn.Parameter], None], event: str = "on_pre_optimizer_step"
+    ) -> None:
+        self._edit_one = edit
+        setattr(self, event, self._edit)
 
-    def on_pre_optimizer_step(self, *_: Any, model: nn.Module, **__: Any) -> None:
+    def _edit(self, *_: Any, model: nn.Module, **__: Any) -> None:
         for param in model.parameters():
-            self._edit(param)
+            self._edit_one(param)
 
 
 def _zero_half(param: nn.Parameter) -> None:
@@ -123,11 +130,12 @@ def _drop_vectors(param: nn.Parameter) -> None:
         (_drop_vectors, "sgd"),
     ],
 )
+@pytest.mark.parametrize("event", ["on_pre_optimizer_step", "on_substep_end"])
 def test_callbacks_edit_grad(
-    tmp_path: Path, edit: Callable[[nn.Parameter], None], optimizer: str
+    tmp_path: Path, edit: Callable[[nn.Parameter], None], optimizer: str, event: str
 ) -> None:
     options = {"optim": optimizer, "learning_rate": 0.1}
-    assert_same(*_both(tmp_path, callbacks=lambda: _Editing(edit), **options))
+    assert_same(*_both(tmp_path, callbacks=lambda: _Editing(edit, event), **options))
 
 
 def test_callbacks_edit_grad_of_a_bf16_model(tmp_path: Path) -> None:
@@ -141,7 +149,7 @@ def test_callbacks_edit_grad_of_a_bf16_model(tmp_path: Path) -> None:
         )
         for name, callbacks in (
             ("edited", [_Editing(_zero_half)]),
-            ("read", [_Reading([], "on_pre_optimizer_step")]),
+            ("read", [_Reading([], "on_pre_optimizer_step"), _Reading([], "on_substep_end")]),
             ("alone", []),
         )
     ]
@@ -160,20 +168,21 @@ def test_callbacks_edit_grad_of_a_bf16_model(tmp_path: Path) -> None:
 
 
 class _ClippingByItself(Callback):  # type: ignore[misc]
-    def __init__(self) -> None:
+    def __init__(self, event: str) -> None:
         self.norms: list[float] = []
-        self.trainer: Any = None
+        setattr(self, event, self._clip)
 
-    def on_pre_optimizer_step(self, *_: Any, model: nn.Module, **__: Any) -> None:
+    def _clip(self, *_: Any, model: nn.Module, **__: Any) -> None:
         norm = nn.utils.clip_grad_norm_(model.parameters(), 0.01, norm_type=torch.inf)
         self.norms.append(float(norm))
 
 
-def test_a_callback_clips_once_more(tmp_path: Path) -> None:
+@pytest.mark.parametrize("event", ["on_pre_optimizer_step", "on_substep_end"])
+def test_a_callback_clips_once_more(tmp_path: Path, event: str) -> None:
     made: list[_ClippingByItself] = []
 
     def clipping() -> Callback:
-        made.append(_ClippingByItself())
+        made.append(_ClippingByItself(event))
         return made[-1]
 
     assert_same(*_both(tmp_path, callbacks=clipping, **_SGD))

@@ -54,9 +54,9 @@ class GradientAccumulationMixin(_Base):
     float32 master weights, and those survive in the Trainer's checkpoints. DistributedDataParallel
     communicates once a step. Not with DeepSpeed, which accumulates itself.
 
-    Callbacks find the gradient in ``.grad`` where stock shows it, normalised and clipped: from
-    ``on_pre_optimizer_step``, where they may edit it, to ``on_optimizer_step``. An exception inside
-    a window drops what the window holds.
+    Callbacks find the gradient in ``.grad`` where stock shows it, and may edit it: the sum so far
+    in ``on_substep_end``, the normalised and clipped one from ``on_pre_optimizer_step`` to
+    ``on_optimizer_step``. An exception inside a window drops what the window holds.
     """
 
     _accumulator: TrainerWindow | None = None
@@ -129,6 +129,7 @@ class GradientAccumulationMixin(_Base):
         # it would clip and step with are not in .grad.
         self._attach(self.accelerator, "clip_grad_norm_", self._clip)
         self._attach(self.callback_handler, "on_pre_optimizer_step", self._wrapped_callbacks())
+        self._attach(self.callback_handler, "on_substep_end", self._wrapped_substep())
         self._attach(self.optimizer, "step", self._wrapped_step())
         return window
 
@@ -156,6 +157,8 @@ class GradientAccumulationMixin(_Base):
         window = self._accumulator
         assert window is not None
         clipped = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        if window.is_between_micro_batches:
+            return nn.utils.clip_grad_norm_(clipped, max_norm, norm_type)
         if not window.is_prepared and norm_type == 2 and window.is_whole(clipped):
             window.max_norm = max_norm if 0.0 < max_norm < math.inf else None
             return window.prepare_step(self._scaler())
@@ -171,12 +174,36 @@ class GradientAccumulationMixin(_Base):
 
         def on_pre_optimizer_step(*args: Any, **kwargs: Any) -> Any:
             window = self._accumulator
-            if window is not None and _looks_at_gradients(self.callback_handler.callbacks):
+            if window is not None and self._has_callback(
+                "on_pre_optimizer_step", "on_optimizer_step"
+            ):
                 window.prepare_unclipped(self._scaler())
                 window.show_gradients()
             return callbacks(*args, **kwargs)
 
         return on_pre_optimizer_step
+
+    def _wrapped_substep(self) -> Any:
+        callbacks = self.callback_handler.on_substep_end
+
+        def on_substep_end(*args: Any, **kwargs: Any) -> Any:
+            window = self._accumulator
+            if window is None or not self._has_callback("on_substep_end"):
+                return callbacks(*args, **kwargs)
+            return window.with_sums_so_far(lambda: callbacks(*args, **kwargs))
+
+        return on_substep_end
+
+    def _has_callback(self, *events: str) -> bool:
+        """Whether a callback has something to do in one of these, where stock fills ``.grad``."""
+        from transformers import TrainerCallback
+
+        return any(
+            getattr(getattr(callback, event, None), "__func__", None)
+            is not getattr(TrainerCallback, event)
+            for callback in self.callback_handler.callbacks
+            for event in events
+        )
 
     def _wrapped_step(self) -> Any:
         def step(closure: Any = None) -> None:
@@ -206,15 +233,3 @@ class GradientAccumulationMixin(_Base):
         if checkpoint is not None:
             path = os.path.join(checkpoint, _STATE_FILE)
             self._resumed_from = path if os.path.isfile(path) else None
-
-
-def _looks_at_gradients(callbacks: Iterable[Any]) -> bool:
-    """Whether a callback has something to do while stock has the gradient in ``.grad``."""
-    from transformers import TrainerCallback
-
-    return any(
-        getattr(getattr(callback, name, None), "__func__", None)
-        is not getattr(TrainerCallback, name)
-        for callback in callbacks
-        for name in ("on_pre_optimizer_step", "on_optimizer_step")
-    )

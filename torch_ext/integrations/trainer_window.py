@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torch_ext.gradient_accumulation import GradientAccumulator
+from torch_ext.visible_gradients import VisibleGradients
 
 __all__ = ["TrainerWindow"]
 
@@ -18,6 +20,9 @@ class TrainerWindow(GradientAccumulator):
     The weights of a window add up to 1, but where an epoch has ended inside a window: then the
     next epoch's first micro-batches come on top, as in the Trainer.
     """
+
+    is_between_micro_batches = False
+    """Whether ``.grad`` holds what the window has summed so far: see :meth:`with_sums_so_far`."""
 
     @property
     def is_prepared(self) -> bool:
@@ -55,3 +60,25 @@ class TrainerWindow(GradientAccumulator):
     def show_gradients(self) -> None:
         """Puts the gradient into ``.grad``: normalised, clipped, and for the step to take."""
         self._show()
+
+    def with_sums_so_far(self, function: Callable[[], Any]) -> Any:
+        """Calls a function between two micro-batches that finds the sums so far in ``.grad``.
+
+        They are the Trainer's own numbers, scaled by a GradScaler as its are. The window goes on
+        with what the function leaves there.
+        """
+        set_aside = [param.grad for param in self._params]
+        visible = VisibleGradients(self._core, self._params)
+        self.is_between_micro_batches = True
+        try:
+            visible.show(torch.ones((), dtype=torch.float64, device=self.device))
+            result = function()
+            visible.take_back()
+        except BaseException:
+            self.reset()
+            raise
+        finally:
+            self.is_between_micro_batches = False
+            for param, grad in zip(self._params, set_aside, strict=True):
+                param.grad = grad
+        return result

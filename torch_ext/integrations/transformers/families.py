@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch_ext.integrations.transformers import sdpa_classes
+from torch_ext.integrations.transformers import hub_code, sdpa_classes
 
 NAME = "torch_ext"
 
@@ -56,3 +56,4 @@ def check(model: Any, is_init_check: bool = False) -> None:
         if model_type not in _ANY_MASK:
             _eager_mask_types.add(model_type)
     sdpa_classes.add(type(model), NAME)
+    hub_code.warn_where_sdpa_is_asked_for(type(model), NAME)
