@@ -5,7 +5,8 @@ with the dispatcher. So at every change of state (off, on, on for CUDA too), the
 the state that ends gets one more guard: that state. Code of all states stays cached side by side,
 and a function that is called in another state is compiled once more, then reused. The caches on
 disk, keyed by a graph that looks the same in all states, get the state into their key, and a number
-that is raised when the operators' strides change: graphs of an older torch_ext are not taken.
+that is raised when the operators' strides change: graphs of an older torch_ext are not taken. With
+the drop-in off too, for graphs may call the operators themselves.
 """
 
 from __future__ import annotations
@@ -23,7 +24,11 @@ __all__ = ["compile_lock", "state_changed"]
 State = tuple[bool, bool]
 
 _OFF: State = (False, False)
-_CACHE_KEY_MARKS = {(True, False): "torch_ext.2", (True, True): "torch_ext_cuda.2"}
+_CACHE_KEY_MARKS = {
+    _OFF: "torch_ext_off.2",
+    (True, False): "torch_ext.2",
+    (True, True): "torch_ext_cuda.2",
+}
 
 # By csrc/ops/sdpa_override.
 _OVERRIDDEN = (
@@ -41,7 +46,7 @@ def _is_state(state: State) -> Callable[..., bool]:
     return guard
 
 
-_STATE_GUARDS = {state: _is_state(state) for state in (_OFF, *_CACHE_KEY_MARKS)}
+_STATE_GUARDS = {state: _is_state(state) for state in _CACHE_KEY_MARKS}
 
 
 @contextlib.contextmanager
@@ -60,7 +65,7 @@ def state_changed(enabled: bool, cuda: bool) -> None:
     global _state
     before, _state = _state, (enabled, cuda)
     _tie_compiled_code_to(before)
-    _mark_cache_key(before, _state)
+    _mark_cache_key(_state)
     for operator in _OVERRIDDEN:
         # Which kernel the Python dispatcher, under which graphs are traced, found for each key.
         operator._dispatch_cache.clear()
@@ -93,26 +98,21 @@ def _tie_compiled_code_to(state: State) -> None:
 
 def _with_mark(tag: str, state: State) -> str:
     marks = _CACHE_KEY_MARKS.values()
-    parts = [part for part in tag.split("+") if part and part not in marks]
-    return "+".join(parts if state == _OFF else [*parts, _CACHE_KEY_MARKS[state]])
+    return "+".join(
+        [*(part for part in tag.split("+") if part and part not in marks), _CACHE_KEY_MARKS[state]]
+    )
 
 
-_unmarked_default: Any = None
-
-
-def _mark_cache_key(before: State, state: State) -> None:
-    global _unmarked_default
+def _mark_cache_key(state: State) -> None:
     config = torch.compiler.config
     # A value assigned to the option counts in the assigning thread alone; the default that an
     # environment variable gives is everybody's.
     entry = config._config["cache_key_tag"]
-    if before == _OFF:
-        _unmarked_default = entry.env_value_default
-    if state == _OFF:
-        entry.env_value_default = _unmarked_default
-    else:
-        default = _unmarked_default if isinstance(_unmarked_default, str) else ""
-        entry.env_value_default = _with_mark(default, state)
+    default = entry.env_value_default if isinstance(entry.env_value_default, str) else ""
+    entry.env_value_default = _with_mark(default, state)
     tag = config.cache_key_tag
     if tag != _with_mark(tag, state):
         config.cache_key_tag = _with_mark(tag, state)
+
+
+_mark_cache_key(_OFF)

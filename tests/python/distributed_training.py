@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,28 @@ def run_fsdp(scenario: str) -> dict[str, Any]:
     }
 
 
+def run_fsdp_bf16(_: str) -> dict[str, Any]:
+    """bf16 shards: of each optimizer, its warnings and the masters that a step has left."""
+    from torch.distributed.fsdp import fully_shard
+
+    found: dict[str, Any] = {}
+    for make in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, torch.optim.Adagrad):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2, bias=False)).bfloat16()
+        fully_shard(model)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            accumulator = GradientAccumulator(model, make(model.parameters(), lr=1e-5))
+        with accumulator.micro_batch():
+            model(torch.ones(2, 4, dtype=torch.bfloat16)).sum().backward()
+        accumulator.step()
+        found[make.__name__] = {
+            "warnings": [str(one.message) for one in caught if "torch_ext" in str(one.message)],
+            "masters": sorted(k for k in accumulator.state_dict() if k.startswith("master.")),
+        }
+    return found
+
+
 def count_communication() -> list[str]:
     """Every all_reduce and broadcast from here on."""
     calls: list[str] = []
@@ -171,6 +194,7 @@ _RUNS = {
     "fsdp": run_fsdp,
     "fsdp_mixed": run_fsdp,
     "fsdp_other": run_fsdp,
+    "fsdp_bf16": run_fsdp_bf16,
 }
 
 

@@ -25,7 +25,7 @@ _SCRIPT = Path(__file__).parent / "distributed_training.py"
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("distributed")
-    scenarios = (*_DDP, "non_finite", *_FSDP)
+    scenarios = (*_DDP, "non_finite", *_FSDP, "fsdp_bf16")
     run = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
@@ -98,3 +98,18 @@ def test_fully_shard_keeps_the_optimizers_state_sharded(
     results: dict[str, dict[str, Any]], scenario: str
 ) -> None:
     assert results[scenario]["distributed_moments"]
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "Adam", "SGD", "Adagrad"])
+def test_bf16_shards_have_masters_or_the_constructor_says_that_they_have_none(
+    results: dict[str, dict[str, Any]], optimizer: str
+) -> None:
+    found = results["fsdp_bf16"][optimizer]
+    if optimizer != "Adagrad":
+        assert found["warnings"] == []
+        assert found["masters"] == ["master.0.bias", "master.0.weight", "master.1.weight"]
+        return
+    assert found["masters"] == []
+    (warning,) = found["warnings"]
+    assert "bf16 and fp16 shards of fully_shard have no float32 masters with Adagrad" in warning
+    assert "AdamW, Adam and SGD have" in warning

@@ -68,9 +68,11 @@ def test_cuda_is_a_state_of_its_own():
             with torch_ext.enabled(on, cuda=cuda):
                 compiled(*inputs)
                 tag = torch.compiler.config.cache_key_tag
-                assert tag == (("torch_ext_cuda.2" if cuda else "torch_ext.2") if on else "")
+                assert tag == (
+                    ("torch_ext_cuda.2" if cuda else "torch_ext.2") if on else "torch_ext_off.2"
+                )
     assert counter.frame_count == 3
-    assert torch.compiler.config.cache_key_tag == ""
+    assert torch.compiler.config.cache_key_tag == "torch_ext_off.2"
 
 
 def test_methods_nested_functions_and_graph_breaks_follow_too():
@@ -165,19 +167,44 @@ def test_inductor_and_its_caches_keep_the_states_apart(tmp_path, monkeypatch):
     assert not failures
 
 
-def test_the_cache_key_is_restored_and_keeps_what_the_user_chose():
+def test_the_cache_key_names_the_state_and_keeps_what_the_user_chose():
     config = torch.compiler.config
-    assert config.cache_key_tag == ""
+    assert config.cache_key_tag == "torch_ext_off.2"
     with torch_ext.enabled():
         assert config.cache_key_tag == "torch_ext.2"
         with torch_ext.enabled(False):
-            assert config.cache_key_tag == ""
-    assert config.cache_key_tag == ""
+            assert config.cache_key_tag == "torch_ext_off.2"
+    assert config.cache_key_tag == "torch_ext_off.2"
     with config.patch(cache_key_tag="mine"):
         with torch_ext.enabled():
             assert config.cache_key_tag == "mine+torch_ext.2"
-        assert config.cache_key_tag == "mine"
-    assert config.cache_key_tag == ""
+        assert config.cache_key_tag == "mine+torch_ext_off.2"
+    assert config.cache_key_tag == "torch_ext_off.2"
+
+
+def test_graphs_that_call_an_operator_are_not_taken_from_an_older_library(tmp_path, monkeypatch):
+    """Inductor checks the strides of what it calls against those of the library that it compiled
+    for; its key has a graph's text alone, which is the same."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    inputs = qkv()
+
+    def direct(*operands: Tensor) -> Tensor:
+        return torch.ops.torch_ext.scaled_dot_product_attention(*operands)
+
+    def hits(mark: str | None) -> int:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        with torch.compiler.config.patch(**({} if mark is None else {"cache_key_tag": mark})):
+            torch.compile(direct, fullgraph=True)(*inputs)
+        counters = torch._dynamo.utils.counters
+        return (
+            counters["inductor"]["fxgraph_cache_hit"]
+            + counters["aot_autograd"]["autograd_cache_hit"]
+        )
+
+    assert hits("") == 0  # as 0.1.0 compiled it
+    assert hits(None) == 0
+    assert hits(None) > 0
 
 
 def test_sdpa_kernel_inside_compiled_code_keeps_torchs_backend():
