@@ -35,6 +35,12 @@ struct GradientAccumulatorOptions {
   TORCH_ARG(at::ScalarType, dtype) = at::kFloat;
   /// > 0: clips the gradient's global norm. None: not clipped.
   TORCH_ARG(std::optional<double>, max_norm) = std::nullopt;
+  /// Of the norm that is clipped and returned; infinity: the largest element.
+  TORCH_ARG(double, norm_type) = 2.0;
+  /// > 0: clips every element of the gradient, after its norm. None: not clipped.
+  TORCH_ARG(std::optional<double>, clip_value) = std::nullopt;
+  /// A gradient that is not finite throws and drops the window, instead of skipping the step.
+  TORCH_ARG(bool, error_if_nonfinite) = false;
   /// Large gradients are added to the sums as backward produces them, so that no two layers' are in
   /// memory at once; .grad then stays undefined. With false .grad holds all of a micro-batch's
   /// gradients until it ends, to look at or to change.
@@ -48,6 +54,9 @@ class GradientAccumulator {
   /// The parameters of one model, on one device, each once.
   explicit GradientAccumulator(std::vector<at::Tensor> parameters,
                                GradientAccumulatorOptions options = {});
+  /// Of several models that are trained together, on one device. What models share counts once.
+  explicit GradientAccumulator(const std::vector<std::vector<at::Tensor>>& models,
+                               GradientAccumulatorOptions options = {});
   ~GradientAccumulator();
   GradientAccumulator(GradientAccumulator&&) noexcept;
   GradientAccumulator& operator=(GradientAccumulator&&) noexcept;
@@ -55,7 +64,9 @@ class GradientAccumulator {
   /// One micro-batch, as long as what it returns lives: call backward() on its summed loss.
   /// weight: what that loss is to be divided by in the end, its number of tokens or examples, >= 0.
   /// The step divides by the sum of all weights. What .grad held before it holds again afterwards.
-  [[nodiscard]] MicroBatch micro_batch(double weight = 1.0);
+  /// separate: nothing is added before it ends, as without add_in_backward, so that it can be
+  /// discarded, or may fail, after its backward().
+  [[nodiscard]] MicroBatch micro_batch(double weight = 1.0, bool separate = false);
 
   /// Normalises, clips and steps, and starts a new window. AdamW, Adam and SGD run fused in one
   /// pass; any other optimizer finds the gradient in .grad. A gradient that is not finite skips the
@@ -63,6 +74,17 @@ class GradientAccumulator {
   /// these parameters and no others. Returns the global norm of the normalised gradient before
   /// clipping, without dimensions.
   at::Tensor step(torch::optim::Optimizer& optimizer);
+  /// Several optimizers that share the parameters among them (one for matrices, one for the rest).
+  at::Tensor step(const std::vector<torch::optim::Optimizer*>& optimizers);
+
+  /// The norm that the following step() will return, for those who want it before. Between the two
+  /// there may be no other micro-batch.
+  at::Tensor prepare_step();
+
+  /// Puts the gradient that step() will step with into .grad, normalised and clipped, to look at or
+  /// to change: the step takes it from there. .grad keeps it afterwards, as in torch. Returns what
+  /// prepare_step() returns.
+  at::Tensor fill_grad();
 
   /// Whether the last step() found a gradient that is not finite, and left the optimizer alone.
   bool step_was_skipped() const;
@@ -100,7 +122,7 @@ class GradientAccumulator::MicroBatch {
   ~MicroBatch() noexcept(false);
 
   /// Leaves this micro-batch out: its gradients, its weight and that it was there. Before its
-  /// backward(), or, with the option add_in_backward(false), at any time.
+  /// backward(), or, of a separate one or with add_in_backward(false), at any time.
   void discard();
 
  private:

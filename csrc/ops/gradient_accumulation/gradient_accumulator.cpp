@@ -1,4 +1,5 @@
 // The C++ front: micro-batches by scope, and archives.
+#include <ATen/ops/ones_like.h>
 #include <torch/csrc/api/include/torch/serialize/input-archive.h>
 #include <torch/csrc/api/include/torch/serialize/output-archive.h>
 #include <torch_ext/gradient_accumulator.h>
@@ -7,10 +8,13 @@
 #include <cmath>
 #include <exception>
 #include <string>
+#include <unordered_set>
 #include <utility>
 
+#include "gradient_accumulator_clipping.h"
 #include "gradient_accumulator_core.h"
 #include "gradient_accumulator_optim.h"
+#include "gradient_accumulator_visible.h"
 
 namespace torch_ext {
 namespace {
@@ -31,36 +35,65 @@ std::vector<std::string> possible_keys(std::size_t count) {
   return keys;
 }
 
+std::vector<at::Tensor> each_once(const std::vector<std::vector<at::Tensor>>& models) {
+  std::vector<at::Tensor> parameters;
+  std::unordered_set<const c10::TensorImpl*> seen;
+  for (const std::vector<at::Tensor>& model : models) {
+    for (const at::Tensor& parameter : model) {
+      if (seen.insert(parameter.unsafeGetTensorImpl()).second) parameters.push_back(parameter);
+    }
+  }
+  return parameters;
+}
+
+void check_positive(const char* name, std::optional<double> value) {
+  TORCH_CHECK(!value.has_value() || *value > 0.0, kOp, name, " takes a number > 0 or none, got ",
+              value.value_or(0.0));
+}
+
 }  // namespace
 
 struct GradientAccumulator::State {
   AccumulatorCore core;
   GradientAccumulatorOptions options;
+  std::optional<StepScale> prepared{};
+  bool shown = false;      // whether .grad holds the gradient of the step
   at::Tensor found_inf{};  // of the last step
+
+  void reset() {
+    core.reset();
+    prepared.reset();
+    shown = false;
+  }
 };
 
 GradientAccumulator::GradientAccumulator(std::vector<at::Tensor> parameters,
                                          GradientAccumulatorOptions options) {
-  const std::optional<double> max_norm = options.max_norm();
-  TORCH_CHECK(!max_norm.has_value() || *max_norm > 0.0, kOp,
-              "max_norm takes a number > 0 or none, got ", max_norm.value_or(0.0));
+  check_positive("max_norm", options.max_norm());
+  check_positive("clip_value", options.clip_value());
+  TORCH_CHECK(!std::isnan(options.norm_type()), kOp, "norm_type takes a number, got nan");
   for (std::size_t i = 0; i < parameters.size(); ++i) {
     TORCH_CHECK(!parameters[i].defined() || parameters[i].is_leaf(), kOp, "parameter ", i,
                 " takes a leaf, got the result of an operation");
   }
-  state_.reset(
-      new State{AccumulatorCore(std::move(parameters), {}, options.dtype(), /*takes_grads=*/true),
-                options, at::Tensor()});
-  state_->core.add_in_backward(options.add_in_backward());
+  state_.reset(new State{
+      AccumulatorCore(std::move(parameters), {}, options.dtype(), /*takes_grads=*/true), options});
 }
+
+GradientAccumulator::GradientAccumulator(const std::vector<std::vector<at::Tensor>>& models,
+                                         GradientAccumulatorOptions options)
+    : GradientAccumulator(each_once(models), std::move(options)) {}
 
 GradientAccumulator::~GradientAccumulator() = default;
 GradientAccumulator::GradientAccumulator(GradientAccumulator&&) noexcept = default;
 GradientAccumulator& GradientAccumulator::operator=(GradientAccumulator&&) noexcept = default;
 
-GradientAccumulator::MicroBatch GradientAccumulator::micro_batch(double weight) {
+GradientAccumulator::MicroBatch GradientAccumulator::micro_batch(double weight, bool separate) {
   TORCH_CHECK(weight >= 0.0 && std::isfinite(weight), kOp,
               "weight takes a finite number >= 0, got ", weight);
+  TORCH_CHECK(!state_->prepared.has_value(), kOp,
+              "a micro-batch after prepare_step() or fill_grad(): call step() first");
+  state_->core.add_in_backward(state_->options.add_in_backward() && !separate);
   return {*state_, weight};
 }
 
@@ -80,38 +113,72 @@ GradientAccumulator::MicroBatch::~MicroBatch() noexcept(false) {
 void GradientAccumulator::MicroBatch::discard() {
   TORCH_CHECK(state_.core.can_abort(), kOp,
               "discard() comes before backward(), which adds to the sums of earlier micro-batches, "
-              "or goes with add_in_backward(false)");
+              "or goes with micro_batch(weight, /*separate=*/true)");
   discarded_ = true;
 }
 
-at::Tensor GradientAccumulator::step(torch::optim::Optimizer& optimizer) {
+at::Tensor GradientAccumulator::prepare_step() {
   AccumulatorCore& core = state_->core;
-  check_optimizer(optimizer, core);
+  if (state_->prepared.has_value()) return state_->prepared->norm;
   core.check_steppable(/*is_alone=*/true);
-  if (core.written().empty()) {  // the no-op that torch's optimizers make of it
-    core.reset();
-    state_->found_inf = core.nothing().found_inf;
-    return core.nothing().norm;
+  StepScale scale = clipped_scale(core, state_->options);
+  if (state_->options.error_if_nonfinite() && !std::isfinite(scale.norm.item<double>())) {
+    state_->reset();
+    TORCH_CHECK(false, kOp, "the norm of order ", state_->options.norm_type(),
+                " of the gradient is not finite, and error_if_nonfinite was asked for: the window "
+                "is dropped");
   }
-  const StepScale scale =
-      core.normalise(core.measure(), core.weight(), core.first_micro_batch(), /*multiplier=*/1.0,
-                     /*inverse_scale=*/std::nullopt, state_->options.max_norm());
-  state_->found_inf = scale.found_inf;
+  state_->prepared = std::move(scale);
+  return state_->prepared->norm;
+}
+
+at::Tensor GradientAccumulator::fill_grad() {
+  at::Tensor norm = prepare_step();
+  if (state_->shown) return norm;
   try {
-    step_optimizer(optimizer, core, scale);
+    StepScale& scale = *state_->prepared;
+    show_gradients(state_->core, clip_values(state_->core, state_->options, scale.coefficient));
+    scale.coefficient = at::ones_like(scale.coefficient);
+    state_->shown = true;
   } catch (...) {
-    core.reset();
+    state_->reset();
     throw;
   }
-  core.reset();
-  return scale.norm;
+  return norm;
+}
+
+at::Tensor GradientAccumulator::step(torch::optim::Optimizer& optimizer) {
+  return step({&optimizer});
+}
+
+at::Tensor GradientAccumulator::step(const std::vector<torch::optim::Optimizer*>& optimizers) {
+  AccumulatorCore& core = state_->core;
+  check_optimizers(optimizers, core);
+  at::Tensor norm = prepare_step();
+  StepScale scale = *state_->prepared;
+  if (state_->shown) {
+    take_gradients_back(core);
+    scale.found_inf = core.measure().found_inf;
+  }
+  state_->found_inf = scale.found_inf;
+  try {
+    if (!state_->shown) {
+      scale.coefficient = clip_values(core, state_->options, scale.coefficient);
+    }
+    step_optimizers(optimizers, core, scale);
+  } catch (...) {
+    state_->reset();
+    throw;
+  }
+  state_->reset();
+  return norm;
 }
 
 bool GradientAccumulator::step_was_skipped() const {
   return state_->found_inf.defined() && state_->found_inf.item<float>() != 0.0f;
 }
 
-void GradientAccumulator::reset() { state_->core.reset(); }
+void GradientAccumulator::reset() { state_->reset(); }
 
 std::int64_t GradientAccumulator::micro_batches() const { return state_->core.micro_batches(); }
 
@@ -138,6 +205,8 @@ void GradientAccumulator::load(torch::serialize::InputArchive& archive) {
               "load() takes the state of the same model, with ", next,
               " parameters, got one with more");
   state_->core.load_state(read);
+  state_->prepared.reset();
+  state_->shown = false;
 }
 
 torch::serialize::OutputArchive& operator<<(torch::serialize::OutputArchive& archive,

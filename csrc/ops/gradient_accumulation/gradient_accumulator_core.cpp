@@ -298,6 +298,10 @@ std::vector<at::Tensor> AccumulatorCore::scale_sums(const std::vector<std::size_
   return sums;
 }
 
+void AccumulatorCore::check_grads(const std::vector<std::size_t>& indices) const {
+  for (const std::size_t index : indices) check_grad(index, params_[index].grad());
+}
+
 void AccumulatorCore::forget(const std::vector<std::size_t>& indices) { buffers_.take(indices); }
 
 void AccumulatorCore::zero_missing(const std::vector<std::size_t>& indices) {

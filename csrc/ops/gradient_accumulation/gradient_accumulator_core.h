@@ -112,6 +112,8 @@ class AccumulatorCore final : public torch::CustomClassHolder {
   /// window ends. The next window leaves what is still held then alone.
   std::vector<at::Tensor> scale_sums(const std::vector<std::size_t>& indices,
                                      const at::Tensor& coefficient);
+  /// Refuses what these parameters' .grad cannot be added from: a sparse one, one that was freed.
+  void check_grads(const std::vector<std::size_t>& indices) const;
   /// These parameters have no sum from here on.
   void forget(const std::vector<std::size_t>& indices);
   /// Sums of zeros for those that have none: other processes have gradients for them.

@@ -125,8 +125,13 @@ void step_sgd(optim::Optimizer& optimizer, AccumulatorCore& core, const StepScal
                                  OptionalTensor(), /*reset=*/false);
 }
 
+/// members: by group.
 void step_through_grad(optim::Optimizer& optimizer, AccumulatorCore& core, const StepScale& scale,
-                       bool with_masters) {
+                       const std::vector<Members>& members, bool with_masters) {
+  std::vector<std::size_t> indices;
+  for (const Members& group : members) {
+    indices.insert(indices.end(), group.indices.begin(), group.indices.end());
+  }
   std::vector<at::Tensor> set_aside;
   for (std::size_t i = 0; i < core.size(); ++i) {
     at::Tensor& grad = core.param(i).mutable_grad();
@@ -138,10 +143,11 @@ void step_through_grad(optim::Optimizer& optimizer, AccumulatorCore& core, const
     for (std::size_t i = 0; i < core.size(); ++i) core.param(i).mutable_grad() = set_aside[i];
   };
   try {
-    if (with_masters) core.masters().lend(core.written());
-    for (const std::size_t index : core.written()) {
-      const at::Tensor& param = core.param(index);
-      param.mutable_grad() = core.sums({index})[0].mul_(scale.coefficient).to(param.scalar_type());
+    if (with_masters) core.masters().lend(indices);
+    const std::vector<at::Tensor> sums = core.scale_sums(indices, scale.coefficient);
+    for (std::size_t k = 0; k < indices.size(); ++k) {
+      const at::Tensor& param = core.param(indices[k]);
+      param.mutable_grad() = sums[k].to(param.scalar_type());
     }
     optimizer.step();
   } catch (...) {
@@ -151,14 +157,47 @@ void step_through_grad(optim::Optimizer& optimizer, AccumulatorCore& core, const
   put_back();
 }
 
+void step_one(optim::Optimizer& optimizer, AccumulatorCore& core, const StepScale& scale,
+              bool shared) {
+  const bool is_adamw = typeid(optimizer) == typeid(optim::AdamW);
+  const bool is_adam = typeid(optimizer) == typeid(optim::Adam);
+  const bool is_sgd = typeid(optimizer) == typeid(optim::SGD);
+  const std::vector<Members> members = members_of(optimizer, core);
+  if (shared || (!is_adamw && !is_adam && !is_sgd)) {
+    return step_through_grad(optimizer, core, scale, members, /*with_masters=*/!shared);
+  }
+  for (std::size_t i = 0; i < members.size(); ++i) {
+    const optim::OptimizerParamGroup& group = optimizer.param_groups()[i];
+    if (members[i].indices.empty()) continue;
+    if (is_adamw) {
+      step_adam<optim::AdamWOptions, optim::AdamWParamState>(optimizer, core, scale, group,
+                                                             members[i]);
+    } else if (is_adam) {
+      step_adam<optim::AdamOptions, optim::AdamParamState>(optimizer, core, scale, group,
+                                                           members[i]);
+    } else {
+      step_sgd(optimizer, core, scale, group, members[i]);
+    }
+  }
+}
+
 }  // namespace
 
-void check_optimizer(const optim::Optimizer& optimizer, const AccumulatorCore& core) {
-  TORCH_CHECK(typeid(optimizer) != typeid(optim::LBFGS), kAccumulator,
-              "optimizer takes one that steps without a closure, got LBFGS");
+void check_optimizers(const std::vector<optim::Optimizer*>& optimizers,
+                      const AccumulatorCore& core) {
   std::unordered_set<const c10::TensorImpl*> held;
-  for (const optim::OptimizerParamGroup& group : optimizer.param_groups()) {
-    for (const at::Tensor& param : group.params()) held.insert(param.unsafeGetTensorImpl());
+  for (const optim::Optimizer* const optimizer : optimizers) {
+    TORCH_CHECK(optimizer != nullptr, kAccumulator, "optimizers takes optimizers, got none");
+    TORCH_CHECK(typeid(*optimizer) != typeid(optim::LBFGS), kAccumulator,
+                "optimizer takes one that steps without a closure, got LBFGS");
+    for (const optim::OptimizerParamGroup& group : optimizer->param_groups()) {
+      for (const at::Tensor& param : group.params()) {
+        TORCH_CHECK(held.insert(param.unsafeGetTensorImpl()).second, kAccumulator,
+                    "optimizers takes optimizers that share no parameters, got two that hold one "
+                    "of sizes ",
+                    param.sizes());
+      }
+    }
   }
   std::size_t found = 0;
   for (std::size_t i = 0; i < core.size(); ++i) {
@@ -173,32 +212,14 @@ void check_optimizer(const optim::Optimizer& optimizer, const AccumulatorCore& c
               held.size() - found, " others");
 }
 
-void step_optimizer(optim::Optimizer& optimizer, AccumulatorCore& core, const StepScale& scale) {
+void step_optimizers(const std::vector<optim::Optimizer*>& optimizers, AccumulatorCore& core,
+                     const StepScale& scale) {
   const at::NoGradGuard no_grad;
   // LibTorch's optimizers count their steps on the host, so the host has to know.
-  if (scale.found_inf.item<float>() != 0.0f) return;
-  const bool is_adamw = typeid(optimizer) == typeid(optim::AdamW);
-  const bool is_adam = typeid(optimizer) == typeid(optim::Adam);
-  const bool is_sgd = typeid(optimizer) == typeid(optim::SGD);
+  if (core.written().empty() || scale.found_inf.item<float>() != 0.0f) return;
   // Parameters that lie over one another are to be updated in turn.
   const bool shared = shares_memory(core.params());
-  if (shared || (!is_adamw && !is_adam && !is_sgd)) {
-    return step_through_grad(optimizer, core, scale, /*with_masters=*/!shared);
-  }
-  const std::vector<Members> members = members_of(optimizer, core);
-  for (std::size_t i = 0; i < members.size(); ++i) {
-    const optim::OptimizerParamGroup& group = optimizer.param_groups()[i];
-    if (members[i].indices.empty()) continue;
-    if (is_adamw) {
-      step_adam<optim::AdamWOptions, optim::AdamWParamState>(optimizer, core, scale, group,
-                                                             members[i]);
-    } else if (is_adam) {
-      step_adam<optim::AdamOptions, optim::AdamParamState>(optimizer, core, scale, group,
-                                                           members[i]);
-    } else {
-      step_sgd(optimizer, core, scale, group, members[i]);
-    }
-  }
+  for (optim::Optimizer* const optimizer : optimizers) step_one(*optimizer, core, scale, shared);
 }
 
 }  // namespace torch_ext
