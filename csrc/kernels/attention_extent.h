@@ -34,6 +34,7 @@ struct Range {
 
   TORCH_EXT_EXTENT bool empty() const { return begin >= end; }
   TORCH_EXT_EXTENT std::int64_t size() const { return empty() ? 0 : end - begin; }
+  TORCH_EXT_EXTENT bool contains(std::int64_t i) const { return i >= begin && i < end; }
 };
 
 /// Of the pairs of a tile, how many take part.

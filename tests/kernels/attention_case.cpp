@@ -135,6 +135,12 @@ std::string describe(const AttentionCase& spec) {
     text << (spec.key_padding_shared ? " shared" : "") << " key_padding " << spec.key_padding;
   }
   if (spec.is_causal) text << " causal " << spec.causal_offset;
+  if (spec.window_left != kUnbounded) text << " left " << spec.window_left;
+  if (spec.window_right != kUnbounded) text << " right " << spec.window_right;
+  if (!spec.is_causal && spec.causal_offset != 0) text << " offset " << spec.causal_offset;
+  if (spec.softcap > 0.0) text << " softcap " << spec.softcap;
+  if (spec.alibi) text << (spec.alibi_varies ? " alibi of batches" : " alibi");
+  if (spec.sink) text << " sink";
   if (spec.dropout > 0.0) text << " dropout " << spec.dropout;
   if (spec.has_grad_logsumexp) text << " grad_logsumexp";
   if (spec.wants_grad_mask) text << " grad_mask";
@@ -149,6 +155,7 @@ AttentionProblem::AttentionProblem(const AttentionCase& attention_case) : spec(a
   make_shape();
   make_inputs();
   make_masks();
+  make_modifiers();
   make_outputs();
 }
 
@@ -260,6 +267,25 @@ void AttentionProblem::make_masks() {
   }
 }
 
+void AttentionProblem::make_modifiers() {
+  const auto seed = static_cast<std::uint64_t>(spec.seed);
+  if (spec.alibi) {
+    Broadcast broadcast;
+    broadcast.batch = !spec.alibi_varies;
+    alibi = StridedTensor(ScalarType::kFloat32, extent(shape.query_heads, 1, 1), Layout::kBhsd,
+                          spec.guard, broadcast);
+    alibi.fill([&](std::int64_t batch, std::int64_t head, std::int64_t, std::int64_t) {
+      return 0.3 * uniform_at(seed + 78, batch, head, 0, 0);
+    });
+  }
+  if (spec.sink) {
+    const ScalarType type =
+        spec.dtype == ScalarType::kFloat64 ? ScalarType::kFloat64 : ScalarType::kFloat32;
+    sink = StridedTensor(type, {{1, 1, 1, 1}, shape.query_heads, 1, 1}, Layout::kBhsd, spec.guard);
+    fill_normal(sink, 2.0, 16 * seed + 6);
+  }
+}
+
 void AttentionProblem::make_outputs() {
   const Layout layout = layout_is_writable(spec.layout) ? spec.layout : Layout::kBhsd;
   const ScalarType accumulation =
@@ -282,6 +308,7 @@ void AttentionProblem::make_outputs() {
     grad_key = make(gradient, shape.kv_heads, shape.kv_len, shape.head_dim);
     grad_value = make(gradient, shape.kv_heads, shape.kv_len, shape.value_dim);
   }
+  if (spec.sink) grad_sink = StridedTensor(accumulation, extent(shape.query_heads, 1, 1));
   if (spec.wants_grad_mask) {
     grad_mask = StridedTensor(accumulation, extent(shape.query_heads, shape.q_len, shape.kv_len),
                               Layout::kBhsd, spec.guard, spec.mask.broadcast);
@@ -310,86 +337,10 @@ AttentionProblem AttentionProblem::as_float64() const {
   if (grad_logsumexp) result.grad_logsumexp = grad_logsumexp.as(ScalarType::kFloat64);
   result.mask = mask;
   result.key_padding = key_padding;
+  result.alibi = alibi;
+  if (sink) result.sink = sink.as(ScalarType::kFloat64);
   result.make_outputs();
   return result;
-}
-
-namespace {
-
-ScoreTransform make_transform(const AttentionProblem& problem) {
-  ScoreTransform transform{.scale = problem.scale,
-                           .mask = {.kind = problem.spec.mask.kind,
-                                    .dtype = problem.mask.type(),
-                                    .view = problem.mask.const_view()},
-                           .key_padding = problem.key_padding.const_view(),
-                           .window = {.right = problem.spec.is_causal ? 0 : kUnbounded,
-                                      .offset = problem.spec.causal_offset}};
-  // Only batch_strides and col_stride may be used.
-  transform.key_padding.head_stride = std::int64_t{1} << 40;
-  transform.key_padding.row_stride = std::int64_t{1} << 40;
-  return transform;
-}
-
-AttentionDropout make_dropout(const AttentionCase& spec) {
-  return {.probability = spec.dropout, .seed = spec.dropout > 0.0 ? &spec.seed : nullptr};
-}
-
-}  // namespace
-
-AttentionForwardParams AttentionProblem::forward_params() const {
-  return {.dtype = spec.dtype,
-          .shape = shape,
-          .query = query.const_view(),
-          .key = key.const_view(),
-          .value = value.const_view(),
-          .out = out.view(),
-          .logsumexp = logsumexp.view().data,
-          .transform = make_transform(*this),
-          .dropout = make_dropout(spec)};
-}
-
-AttentionBackwardParams AttentionProblem::backward_params() const {
-  return {.dtype = spec.dtype,
-          .shape = shape,
-          .query = query.const_view(),
-          .key = key.const_view(),
-          .value = value.const_view(),
-          .out = out.const_view(),
-          .grad_out = grad_out.const_view(),
-          .logsumexp = logsumexp.view().data,
-          .grad_logsumexp = grad_logsumexp.view().data,
-          .unrounded_grads = spec.unrounded_grads,
-          .grad_query = grad_query.view(),
-          .grad_key = grad_key.view(),
-          .grad_value = grad_value.view(),
-          .grad_mask = grad_mask.view(),
-          .transform = make_transform(*this),
-          .dropout = make_dropout(spec)};
-}
-
-bool AttentionProblem::attends(std::int64_t batch, std::int64_t head, std::int64_t row,
-                               std::int64_t col) const {
-  if (spec.is_causal && col - row > spec.causal_offset) return false;
-  if (key_padding && key_padding.get(batch, 0, 0, col) != 0.0) return false;
-  if (spec.mask.kind == AttentionMaskKind::kBoolean) return mask.get(batch, head, row, col) != 0.0;
-  if (spec.mask.kind == AttentionMaskKind::kAdditive) {
-    return mask.get(batch, head, row, col) != -std::numeric_limits<double>::infinity();
-  }
-  return true;
-}
-
-std::int64_t AttentionProblem::count_attended_pairs() const {
-  std::int64_t count = 0;
-  for (std::int64_t batch = 0; batch < shape.batch(); ++batch) {
-    for (std::int64_t head = 0; head < shape.query_heads; ++head) {
-      for (std::int64_t row = 0; row < shape.q_len; ++row) {
-        for (std::int64_t col = 0; col < shape.kv_len; ++col) {
-          count += attends(batch, head, row, col) ? 1 : 0;
-        }
-      }
-    }
-  }
-  return count;
 }
 
 }  // namespace torch_ext::testing

@@ -49,7 +49,13 @@ struct AttentionCase {
   double key_padding = 0.0;         // share of the keys that are ignored; 0: no such tensor
   bool key_padding_shared = false;  // one row for every batch
   bool is_causal = false;
-  std::int64_t causal_offset = 0;
+  std::int64_t causal_offset = 0;  // of the window and of ALiBi, too
+  std::int64_t window_left = kUnbounded;
+  std::int64_t window_right = kUnbounded;  // without is_causal
+  double softcap = 0.0;
+  bool alibi = false;
+  bool alibi_varies = false;  // from batch to batch
+  bool sink = false;
   double dropout = 0.0;
   std::int64_t seed = 1;
   bool wants_logsumexp = true;
@@ -60,6 +66,9 @@ struct AttentionCase {
   double magnitude = 1.0;         // standard deviation of query and key
   double tolerance_factor = 1.0;  // on the error bounds of the dtype; not for large scores
 };
+
+/// The window that a case's fields say.
+KeyWindow window_of(const AttentionCase& spec);
 
 /// "f32 q8 kv8 d16 ..." with what differs from the default.
 std::string describe(const AttentionCase& spec);
@@ -87,6 +96,7 @@ class AttentionProblem {
   StridedTensor query, key, value, out, logsumexp;
   StridedTensor grad_out, grad_logsumexp, grad_query, grad_key, grad_value, grad_mask;
   StridedTensor mask, key_padding;
+  StridedTensor alibi, sink, grad_sink;
 
  private:
   AttentionProblem() = default;
@@ -94,6 +104,7 @@ class AttentionProblem {
   void make_inputs();
   void make_outputs();
   void make_masks();
+  void make_modifiers();
   TensorExtent extent(std::int64_t heads, std::int64_t rows, std::int64_t cols) const;
 };
 

@@ -37,8 +37,15 @@ CaseList dropout_cases(ScalarType dtype);
 /// Few rows and many keys: the keys are split among tasks.
 CaseList split_cases(ScalarType dtype);
 
+CaseList window_cases(ScalarType dtype);
+CaseList sink_cases(ScalarType dtype);
+CaseList softcap_cases(ScalarType dtype);
+CaseList alibi_cases(ScalarType dtype);
+
 /// `count` cases of any features together, the same for the same seed.
 CaseList random_cases(std::uint64_t seed, int count);
+/// The same with windows, soft caps, ALiBi and sinks.
+CaseList random_modified_cases(std::uint64_t seed, int count);
 
 /// Bits 0 to 3: batch, heads, rows, cols.
 Broadcast broadcast_of(int bits);

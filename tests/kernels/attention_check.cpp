@@ -192,8 +192,8 @@ std::string run_backward(const KernelTable& kernel, const AttentionProblem& prob
                          const TaskRunner& runner) {
   const std::string path = run_kernel("backward", kernel.attention_backward_workspace,
                                       kernel.attention_backward, problem.backward_params(), runner);
-  EXPECT_TRUE(gaps_intact(
-      {&problem.grad_query, &problem.grad_key, &problem.grad_value, &problem.grad_mask}))
+  EXPECT_TRUE(gaps_intact({&problem.grad_query, &problem.grad_key, &problem.grad_value,
+                           &problem.grad_mask, &problem.grad_sink}))
       << "backward wrote outside its gradients";
   return path;
 }
@@ -263,6 +263,11 @@ bool check_attention(const KernelTable& kernel, const AttentionProblem& problem)
     if (layout_is_writable(spec.layout)) reduced = std::sqrt(reduced);
     expect_close("grad_mask", problem.grad_mask.values(), exact.grad_mask.values(), gradient,
                  grad_weight_size * reduced / attended, formula.of(&AttentionProblem::grad_mask));
+  }
+  if (spec.sink) {
+    expect_close("grad_sink", problem.grad_sink.values(), exact.grad_sink.values(), gradient,
+                 grad_weight_size * std::sqrt(static_cast<double>(shape.q_len)) / attended,
+                 formula.of(&AttentionProblem::grad_sink));
   }
   return failures_so_far() == failures_before;
 }

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <string>
 #include <utility>
 #include <vector>
@@ -65,6 +66,40 @@ std::string describe_shape(const AttentionShape& shape) {
     return ::testing::AssertionFailure() << "the last of " << parts << " parts is empty";
   }
   return ::testing::AssertionSuccess();
+}
+
+TEST(ForwardPlan, SplitsCoverTheKeysOfAWindow) {
+  for (const TileGeometry& geometry : kGeometries) {
+    for (const AttentionShape& shape : shapes()) {
+      if (shape.batch() * shape.query_heads * shape.q_len == 0) continue;
+      SCOPED_TRACE(describe_shape(shape));
+      for (const KeyWindow& window : {KeyWindow{.right = 0}, KeyWindow{.left = 100, .right = 30},
+                                      KeyWindow{.left = 700, .offset = 3000}}) {
+        AttentionForwardParams params = forward_params(shape);
+        params.transform.window = window;
+        const ForwardPlan plan = plan_forward(params, geometry, 1);
+        for (std::int64_t tile = 0; tile < plan.row_tiles; ++tile) {
+          const Range keys = plan.keys_of_row_tile(params, tile);
+          const std::int64_t first = tile * plan.super_tile / shape.group();
+          const std::int64_t last =
+              (std::min((tile + 1) * plan.super_tile, plan.rows) - 1) / shape.group();
+          const Range seen = keys_of_any(window, {first, last + 1}, shape.kv_len);
+          ASSERT_LE(keys.begin, seen.begin);
+          ASSERT_EQ(keys.end, seen.end);
+          // Each split begins where the one before ends.
+          std::int64_t end = keys.begin;
+          for (std::int64_t split = 0; split < plan.kv_splits; ++split) {
+            const Range part = plan.keys_of_task(params, tile, split);
+            ASSERT_EQ(part.begin % plan.kv_block, 0);
+            if (part.empty()) continue;
+            ASSERT_EQ(part.begin, end);
+            end = part.end;
+          }
+          ASSERT_EQ(end, keys.end < keys.begin ? keys.begin : keys.end);
+        }
+      }
+    }
+  }
 }
 
 TEST(ForwardPlan, CoversRowsAndKeys) {

@@ -67,6 +67,34 @@ class SimdArithmetic : public ::testing::TestWithParam<NamedSimdPieces> {
   }
 };
 
+/// Every size, both signs, the ends of the type and NaN.
+template <typename T, typename Tanh>
+void expect_tanh(const Tanh& tanh_of, double ulps) {
+  std::vector<T> x{T{0}, std::numeric_limits<T>::denorm_min(), std::numeric_limits<T>::max(),
+                   std::numeric_limits<T>::infinity(), std::numeric_limits<T>::quiet_NaN()};
+  std::mt19937 engine(3);
+  std::uniform_real_distribution<double> exponent(-40.0, 6.0);
+  for (int i = 0; i < 200000; ++i) x.push_back(static_cast<T>(std::exp2(exponent(engine))));
+  const std::size_t positive = x.size();
+  for (std::size_t i = 0; i < positive; ++i) x.push_back(-x[i]);
+  const std::vector<T> result = tanh_of(x);
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    const long double exact = std::tanh(static_cast<long double>(x[i]));
+    if (std::isnan(x[i]) || exact == 0) {
+      ASSERT_EQ(std::isnan(result[i]), std::isnan(x[i]));
+      ASSERT_TRUE(std::isnan(x[i]) || result[i] == 0);
+      continue;
+    }
+    const auto bound = ulps * std::numeric_limits<T>::epsilon();
+    ASSERT_LE(std::fabs(static_cast<double>(result[i] / exact - 1)), bound) << "tanh " << x[i];
+  }
+}
+
+TEST_P(SimdArithmetic, TanhWithinAFewUlp) {
+  expect_tanh<float>([&](const auto& x) { return each(pieces().tanh_float, x); }, 4.0);
+  expect_tanh<double>([&](const auto& x) { return each(pieces().tanh_double, x); }, 4.0);
+}
+
 TEST_P(SimdArithmetic, Exp2OfFloats) {
   std::vector<float> x;
   for (int i = -125; i <= 9; ++i) {

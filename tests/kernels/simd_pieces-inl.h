@@ -10,6 +10,14 @@ static void piece_exp2_double(const double* x, double* result) {
   store<double>(result, exp2_vector(load<double>(x)));
 }
 
+static void piece_tanh_float(const float* x, float* result) {
+  store<float>(result, tanh_vector(load<float>(x)));
+}
+
+static void piece_tanh_double(const double* x, double* result) {
+  store<double>(result, tanh_vector(load<double>(x)));
+}
+
 static void piece_bf16_to_float(const std::uint16_t* bits, float* result) {
   store<float>(result, bf16_to_float(bits));
 }
@@ -99,6 +107,7 @@ static constexpr torch_ext::testing::SimdPieces make_simd_pieces() {
   return {
     .float_lanes = kFloatLanes, .double_lanes = kDoubleLanes, .max_vectors = kMaxVectors,
     .exp2_float = piece_exp2_float, .exp2_double = piece_exp2_double,
+    .tanh_float = piece_tanh_float, .tanh_double = piece_tanh_double,
     .bf16_to_float = piece_bf16_to_float, .float_to_bf16 = piece_float_to_bf16,
     .fp16_to_float = piece_fp16_to_float, .float_to_fp16 = piece_float_to_fp16,
     .load_floats = piece_load_floats, .load_doubles = piece_load_doubles,

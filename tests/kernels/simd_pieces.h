@@ -19,6 +19,8 @@ struct SimdPieces {
   // One vector; `degree` of the polynomial: 3 or 5.
   void (*exp2_float)(int degree, const float* x, float* result);
   void (*exp2_double)(const double* x, double* result);
+  void (*tanh_float)(const float* x, float* result);
+  void (*tanh_double)(const double* x, double* result);
 
   // float_lanes elements.
   void (*bf16_to_float)(const std::uint16_t* bits, float* result);

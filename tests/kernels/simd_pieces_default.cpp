@@ -9,6 +9,7 @@ namespace torch_ext::testing::pieces_default {
 namespace {
 // clang-format off
 #include "kernels/cpu/simd_vector-inl.h"
+#include "kernels/cpu/vector_tanh-inl.h"
 #include "kernels/cpu/element_conversion-inl.h"
 #include "kernels/cpu/bf16_pairs-inl.h"
 #include "kernels/cpu/tile_contraction-inl.h"

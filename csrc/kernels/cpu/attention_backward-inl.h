@@ -20,8 +20,6 @@ struct BackwardKernel {
   MaskGradient<Policy> mask_gradient{params, plan, workspace};
   ScoreBlocks<Policy> blocks{params, plan, mask_map};
   RowStatistics<Policy> statistics{params, plan, blocks, workspace};
-  /// Some logsumexp is too large to be taken at its word.
-  bool has_statistics = statistics.any_uncertain(0, statistics.rows());
 
   std::int64_t group() const { return params.shape.group(); }
 
@@ -39,6 +37,8 @@ struct BackwardKernel {
     scratch.grad_value = area.take<T>(shape.value_dim * keys);
     scratch.weight = area.take<T>(queries * keys);
     scratch.grad_score = area.take<T>(queries * keys);
+    scratch.mask_score =
+        plan.caps_masked_scores ? area.take<T>(queries * keys) : scratch.grad_score;
     if constexpr (Policy::kDepth == 2) {
       scratch.weight_pairs = area.take<Scalar>(queries * keys);
       scratch.grad_score_pairs = area.take<Scalar>(queries * keys);
@@ -60,30 +60,24 @@ struct BackwardKernel {
 
   /// Each row's reference and factor, and delta = rowsum(grad_out * out) - grad_logsumexp.
   void load_rows(const BackwardScratch<Policy>& scratch, std::int64_t batch, std::int64_t kv_head,
-                 std::int64_t first_query) const {
+                 Range queries) const {
     const AttentionShape& shape = params.shape;
-    const T* logsumexp = static_cast<const T*>(params.logsumexp);
-    const T* grad_logsumexp = static_cast<const T*>(params.grad_logsumexp);
     for (std::int64_t g = 0; g < group(); ++g) {
       const std::int64_t head = kv_head * group() + g;
       const std::int64_t first_row = (batch * shape.query_heads + head) * shape.q_len;
       T* delta = scratch.delta + g * shape.q_len;
-      for (std::int64_t i = first_query; i < shape.q_len; i += kLanes) {
+      for (std::int64_t i = queries.begin; i < queries.end; i += kLanes) {
         const Vec<T> dots = row_dots(scratch, batch, head, i);
-        for (std::int64_t lane = 0; lane < min_of(shape.q_len - i, kLanes); ++lane) {
+        for (std::int64_t lane = 0; lane < min_of(queries.end - i, kLanes); ++lane) {
           delta[i + lane] = dots[lane];
         }
       }
-      for (std::int64_t i = first_query; i < shape.q_len; ++i) {
-        const std::int64_t row = first_row + i;
+      for (std::int64_t i = queries.begin; i < queries.end; ++i) {
         const std::int64_t place = g * shape.q_len + i;
-        if (grad_logsumexp != nullptr && logsumexp[row] != -kInfinity<T>) {
-          delta[i] -= grad_logsumexp[row];
-        }
-        scratch.reference[place] = has_statistics
-                                       ? *statistics.references(row)
-                                       : RowStatistics<Policy>::reference_of(logsumexp[row]);
-        scratch.factor[place] = has_statistics ? *statistics.factors(row) : static_cast<T>(1);
+        const auto weight = statistics.weight_of(first_row + i);
+        delta[i] = statistics.without_grad_logsumexp(delta[i], first_row + i);
+        scratch.reference[place] = weight.reference;
+        scratch.factor[place] = weight.factor;
       }
     }
   }
@@ -188,16 +182,15 @@ struct BackwardKernel {
                     kv_head, block, scratch.weight);
     blocks.multiply(params.grad_out, grad_out, params.value, shape.value_dim, scratch.value_panel,
                     batch, kv_head, block, scratch.grad_score);
-    const bool masked = block.adds_mask || block.adds_key_bias || block.diagonal;
     const ScoreGradient<Policy> gradient{params, plan, dropout};
     if (dropout.active) {
       dropout_bits_of_keys(scratch.dropout_bits, stride, block.queries, block.keys,
                            block.first_query, block.first_key, block.slice, dropout.seed);
-      masked ? gradient.template weigh<true, true>(scratch, block)
-             : gradient.template weigh<false, true>(scratch, block);
+      block.modified ? gradient.template weigh<true, true>(scratch, block)
+                     : gradient.template weigh<false, true>(scratch, block);
     } else {
-      masked ? gradient.template weigh<true, false>(scratch, block)
-             : gradient.template weigh<false, false>(scratch, block);
+      block.modified ? gradient.template weigh<true, false>(scratch, block)
+                     : gradient.template weigh<false, false>(scratch, block);
     }
     if (block.mask_sum != nullptr) mask_gradient.add(scratch, block);
 
@@ -212,16 +205,17 @@ struct BackwardKernel {
     const std::int64_t query_steps = depth_steps<Policy>(block.queries);
     if (params.grad_value.data != nullptr) {
       contract<Policy, true>(shape.value_dim, block.vectors, query_steps, grad_out.over_rows,
-                             weight, stride, scratch.grad_value, stride);
+                             weight, stride, scratch.grad_value + block.key_offset, stride);
     }
     if (params.grad_key.data != nullptr) {
       contract<Policy, true>(shape.head_dim, block.vectors, query_steps, query.over_rows,
-                             grad_score, stride, scratch.grad_key, stride);
+                             grad_score, stride, scratch.grad_key + block.key_offset, stride);
     }
     if (params.grad_query.data != nullptr) {
       contract<Policy, true>(
           block.queries, plan.head_stride / kLanes, depth_steps<Policy>(block.keys),
-          grad_score_rows, key_rows.data, key_rows.stride,
+          grad_score_rows, key_rows.data + block.key_offset / Policy::kDepth * key_rows.stride,
+          key_rows.stride,
           grad_query + (block.head * shape.q_len + block.first_query) * plan.head_stride,
           plan.head_stride);
     }
@@ -237,18 +231,21 @@ struct BackwardKernel {
         slice_offset(params.key, shape.batch_sizes, batch, kv_head) + first * params.key.row_stride;
     const std::int64_t value_base = slice_offset(params.value, shape.batch_sizes, batch, kv_head) +
                                     first * params.value.row_stride;
-    const TileClass padding = blocks.load_key_bias(scratch.key_bias, batch, first, count);
+    const TileClass padding = blocks.load_tile_bias(scratch.key_bias, batch, first, count);
     if (params.grad_key.data != nullptr) clear(scratch.grad_key, shape.head_dim * stride);
     if (params.grad_value.data != nullptr) clear(scratch.grad_value, shape.value_dim * stride);
 
     bool packed = false;
     RightOperand<Policy> key_rows{};
-    const std::int64_t first_allowed = blocks.first_allowed(first);
+    const Range seeing = blocks.queries_of(first, count);
     for (std::int64_t g = 0; g < group() && padding != TileClass::kEmpty; ++g) {
-      for (std::int64_t start = first_allowed / plan.query_block * plan.query_block;
-           start < shape.q_len; start += plan.query_block) {
+      for (std::int64_t start = seeing.begin / plan.query_block * plan.query_block;
+           start < seeing.end; start += plan.query_block) {
         ScoreBlock<Policy> block{};
-        if (!blocks.locate(block, batch, kv_head, g, start, first, count, padding)) continue;
+        if (!blocks.locate(block, batch, kv_head, g, start, first, count, padding,
+                           scratch.key_bias)) {
+          continue;
+        }
         if (mask_sums != nullptr) {
           block.mask_sum = mask_sums +
                            (plan.mask_heads == 1 ? 0 : g) * plan.mask_rows * plan.mask_cols +
@@ -289,11 +286,9 @@ struct BackwardKernel {
     for (std::int64_t i = 0; i < count; i += kLanes) store<T>(data + i, Vec<T>{});
   }
 
-  // The first query that sees any key of a chunk.
-  std::int64_t first_query_of(std::int64_t chunk) const {
+  Range queries_of_chunk(std::int64_t chunk) const {
     const std::int64_t first = chunk * plan.chunk_len;
-    const Range keys{first, first + plan.chunk_len};
-    return queries_of_any(params.transform.window, keys, params.shape.q_len).begin;
+    return blocks.queries_of(first, min_of(plan.chunk_len, params.shape.kv_len - first));
   }
 
   T* query_partial(std::int64_t chunk, std::int64_t pair) const {
@@ -307,14 +302,14 @@ struct BackwardKernel {
     const BackwardScratch<Policy> scratch = scratch_of(worker);
     const std::int64_t batch = pair / shape.kv_heads;
     const std::int64_t kv_head = pair % shape.kv_heads;
-    const std::int64_t first_query = first_query_of(chunk);
-    load_rows(scratch, batch, kv_head, first_query);
+    const Range queries = queries_of_chunk(chunk);
+    load_rows(scratch, batch, kv_head, queries);
     T* grad_query = nullptr;
     if (params.grad_query.data != nullptr) {
       grad_query = plan.chunks == 1 ? scratch.grad_query : query_partial(chunk, pair);
       for (std::int64_t g = 0; g < group(); ++g) {
-        clear(grad_query + (g * shape.q_len + first_query) * plan.head_stride,
-              (shape.q_len - first_query) * plan.head_stride);
+        clear(grad_query + (g * shape.q_len + queries.begin) * plan.head_stride,
+              queries.size() * plan.head_stride);
       }
     }
     const std::int64_t end = min_of((chunk + 1) * plan.chunk_len, shape.kv_len);
@@ -325,8 +320,8 @@ struct BackwardKernel {
     if (grad_query == nullptr || plan.chunks > 1) return;
     for (std::int64_t row = 0; row < plan.rows_per_pair(shape); ++row) {
       const T* source = grad_query + row * plan.head_stride;
-      // Rows before the first that sees a key were not touched.
-      const bool touched = row % shape.q_len >= first_query;
+      // Rows that see no key were not touched.
+      const bool touched = queries.contains(row % shape.q_len);
       write_grad_query(pair, row,
                        [&](std::int64_t d) { return touched ? load<T>(source + d) : Vec<T>{}; });
     }
@@ -351,11 +346,10 @@ struct BackwardKernel {
 
   /// dQ of one row: the chunks' shares in their order.
   void join_query_row(std::int64_t pair, std::int64_t row) const {
-    std::int64_t chunks = 0;
-    while (chunks < plan.chunks && first_query_of(chunks) <= row % params.shape.q_len) ++chunks;
     write_grad_query(pair, row, [&](std::int64_t d) {
       Vec<T> sum{};
-      for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
+      for (std::int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+        if (!queries_of_chunk(chunk).contains(row % params.shape.q_len)) continue;
         sum += load<T>(query_partial(chunk, pair) + row * plan.head_stride + d);
       }
       return sum;
@@ -376,36 +370,3 @@ struct BackwardKernel {
     }
   }
 };
-
-/// Runs the plan: mask map, tasks (longest first where causal), then the joins.
-template <typename Policy>
-static void run_backward(const AttentionBackwardParams& params, const BackwardPlan& plan,
-                         const TaskRunner& runner, char* workspace) {
-  TileClass* map = reinterpret_cast<TileClass*>(workspace + plan.mask_map.offset);
-  if (plan.mask_map.used) {
-    build_mask_map(params.transform.mask, params.shape, plan.mask_map, 1, runner, map);
-  }
-  const BackwardKernel<Policy> kernel{params, plan, map, workspace, dropout_state(params.dropout)};
-  if (kernel.has_statistics) {
-    const std::int64_t query_blocks =
-        (params.shape.q_len + plan.query_block - 1) / plan.query_block;
-    run_tasks(runner, params.shape.batch() * params.shape.query_heads * query_blocks,
-              [&kernel, &plan, query_blocks](int worker, std::int64_t task) {
-                kernel.statistics.run(kernel.scratch_of(worker), task / query_blocks,
-                                      task % query_blocks * plan.query_block);
-              });
-  }
-  run_tasks(runner, plan.groups() * plan.chunks, [&kernel, &plan](int worker, std::int64_t task) {
-    kernel.run_task(worker, task % plan.groups(), task / plan.groups());
-  });
-  if (plan.chunks > 1 && params.grad_query.data != nullptr) {
-    const std::int64_t rows = plan.rows_per_pair(params.shape);
-    run_tasks(runner, plan.pairs * rows, [&kernel, rows](int, std::int64_t task) {
-      kernel.join_query_row(task / rows, task % rows);
-    });
-  }
-  if (plan.mask_gradient) {
-    run_tasks(runner, plan.mask_slices * plan.mask_heads * plan.mask_rows,
-              [&kernel](int, std::int64_t task) { kernel.mask_gradient.join_row(task); });
-  }
-}

@@ -107,36 +107,22 @@ struct DecodeKernel {
   }
 
   struct Row {
-    std::int64_t query_offset, out_offset, mask_offset;
-    std::int64_t last_key;
+    std::int64_t query_offset, out_offset;
+    std::int64_t head;
     std::int64_t slice;
     std::int64_t query;
+    ScoreRow<float> score;
     float maximum, reference, sum;  // as of a QueryTile
   };
 
-  void modify_scores(const Row& row, const std::uint8_t* padding, std::int64_t first,
-                     std::int64_t count, float* scores) const {
-    const ScoreTransform& transform = base.params.transform;
-    if (transform.mask.kind != AttentionMaskKind::kNone) {
-      const ScalarType type = transform.mask.kind == AttentionMaskKind::kAdditive
-                                  ? transform.mask.dtype
-                                  : ScalarType::kBool;
-      const char* mask = element_at(transform.mask.view.data, type, row.mask_offset);
-      const FloatVector factor = broadcast(transform.mask.kind == AttentionMaskKind::kAdditive
-                                               ? static_cast<float>(base.scale_size())
-                                               : 1.0f);
-      for (std::int64_t key = 0; key < count; key += kLanes) {
-        store<float>(scores + key,
-                     add_mask<float>(rounded(load<float>(scores + key) * factor),
-                                     load_mask<float>(mask, type, transform.mask.view.col_stride,
-                                                      first + key, min_of(count - key, kLanes))));
-      }
-    }
-    for (std::int64_t key = 0; key < count; ++key) {
-      const bool ignored =
-          (padding != nullptr && padding[(first + key) * transform.key_padding.col_stride]) ||
-          first + key > row.last_key;
-      if (ignored) scores[key] = -kInfinity<float>;
+  /// Products of a block become scores.
+  static void transform_scores(const ScoreRow<float>& row, std::int64_t first, std::int64_t count,
+                               float* scores) {
+    for (std::int64_t key = 0; key < count; key += kLanes) {
+      FloatVector unused;
+      store<float>(scores + key,
+                   ScoreRow<float>::apply<true>(row, load<float>(scores + key), first + key,
+                                                min_of(count - key, kLanes), unused));
     }
   }
 
@@ -202,9 +188,9 @@ struct DecodeKernel {
     float* out = scratch.take<float>(kDecodeRows * value_padded);
     float* block_out = scratch.take<float>(kDecodeRows * value_padded);
     float* scores = scratch.take<float>(kDecodeRows * plan.kv_block + kLanes);
+    float* key_bias = scratch.take<float>(plan.kv_block);
 
     Row rows[kRows];
-    std::int64_t kv_end = 0;
     for (int r = 0; r < kRows; ++r) {
       Row& row = rows[r];
       const std::int64_t index = min_of(r, plan.rows - 1);  // a missing row repeats the last one
@@ -215,14 +201,11 @@ struct DecodeKernel {
                          row.query * params.query.row_stride;
       row.out_offset = slice_offset(params.out, shape.batch_sizes, batch, head) +
                        row.query * params.out.row_stride;
-      row.mask_offset = transform.mask.kind == AttentionMaskKind::kNone
-                            ? 0
-                            : slice_offset(transform.mask.view, shape.batch_sizes, batch, head) +
-                                  row.query * transform.mask.view.row_stride;
-      row.last_key = keys_of(transform.window, row.query, shape.kv_len).end - 1;
+      row.head = head;
+      row.score = ScoreRow<float>::of(base.function, transform, shape, batch, head, row.query);
+      row.score.bounded = transform.window.bounds_keys();
       row.maximum = row.reference = -kInfinity<float>;
       row.sum = 0.0f;
-      kv_end = max_of(kv_end, row.last_key + 1);
       for (std::int64_t d = 0; d < query_padded; d += kLanes) {
         store<float>(
             query + r * query_padded + d,
@@ -247,20 +230,26 @@ struct DecodeKernel {
     const std::int64_t map_slice =
         plan.mask_map.used ? mask_map_slice(plan.mask_map, shape, batch, kv_head) : 0;
     const std::int64_t key_bytes = params.key.row_stride * kElement;
-    const std::int64_t kv_begin = split * plan.kv_split_len;
-    kv_end = min_of(kv_end, kv_begin + plan.kv_split_len);
-    const bool modified = transform.mask.kind != AttentionMaskKind::kNone ||
-                          transform.window.bounds_right() || transform.key_padding.data != nullptr;
-    for (std::int64_t first = kv_begin; first < kv_end; first += plan.kv_block) {
-      const std::int64_t count = min_of(plan.kv_block, kv_end - first);
+    const Range task_keys = plan.keys_of_task(params, 0, split);
+    const bool modified = base.function.natural ||
+                          transform.mask.kind != AttentionMaskKind::kNone ||
+                          transform.window.bounds_keys() || padding != nullptr;
+    for (std::int64_t first = task_keys.begin; first < task_keys.end; first += plan.kv_block) {
+      const std::int64_t count = min_of(plan.kv_block, task_keys.end - first);
       if (plan.mask_map.used &&
           base.mask_map[map_slice * plan.mask_map.column_tiles + first / plan.kv_block] ==
               TileClass::kEmpty) {
         continue;
       }
-      if (padding != nullptr && classify_key_padding(padding, transform.key_padding.col_stride,
-                                                     first, count) == TileClass::kEmpty) {
-        continue;
+      if (padding != nullptr) {
+        const std::int64_t stride = transform.key_padding.col_stride;
+        const TileClass ignored = classify_key_padding(padding, stride, first, count);
+        if (ignored == TileClass::kEmpty) continue;
+        load_key_bias(padding, stride, first, count, plan.kv_block, key_bias);
+        for (Row& row : rows) {
+          row.score.key_bias = ignored == TileClass::kMixed ? key_bias : nullptr;
+          row.score.bias_key = first;
+        }
       }
       const RightRows block_keys{.data = keys + first * key_bytes,
                                  .row_bytes = key_bytes,
@@ -270,7 +259,7 @@ struct DecodeKernel {
       row_products<Loader, kRows>(query, query_padded, block_keys, count, scores, plan.kv_block);
       for (int r = 0; r < kRows; ++r) {
         float* row_scores = scores + r * plan.kv_block;
-        if (modified) modify_scores(rows[r], padding, first, count, row_scores);
+        if (modified) transform_scores(rows[r].score, first, count, row_scores);
         softmax(rows[r], row_scores, count, out + r * value_padded, value_padded);
         if (base.dropout.active) drop_weights(rows[r], first, count, row_scores);
       }
@@ -287,17 +276,18 @@ struct DecodeKernel {
         partial[shape.value_dim + 2] = row.sum;
         continue;
       }
-      const float inverse =
-          row.sum == 0.0f ? 0.0f : static_cast<float>(base.dropout.scale) / row.sum;
+      const RowTotal<float> total =
+          row_total(base.domain, row.maximum, row.reference, row.sum, base.dropout.scale,
+                    sink_of<float>(transform, row.head));
       for (std::int64_t d = 0; d < shape.value_dim; d += kLanes) {
         store_elements<float>(
             element_at(params.out.data, params.dtype, row.out_offset + d * params.out.col_stride),
             params.dtype, params.out.col_stride, shape.value_dim - d,
-            load<float>(out + r * value_padded + d) * inverse);
+            load<float>(out + r * value_padded + d) * total.inverse);
       }
       if (params.logsumexp != nullptr) {
         static_cast<float*>(params.logsumexp)[row.slice * shape.q_len + row.query] =
-            KeySplits<FloatContraction>::log_sum(base.domain, row.maximum, row.reference, row.sum);
+            total.logsumexp;
       }
     }
   }

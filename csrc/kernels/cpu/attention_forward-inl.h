@@ -3,6 +3,11 @@
 //   S^T (kv_block, sub_tile) = K Q^T,  O^T (value_dim, sub_tile) += V^T P^T,
 // so K and V are broadcast from where they lie, and maxima and sums run down the lanes.
 
+template <bool kValue>
+struct Flag {
+  static constexpr bool value = kValue;
+};
+
 /// A block of keys, staged.
 template <typename Policy>
 struct KeyBlock {
@@ -12,6 +17,16 @@ struct KeyBlock {
   std::int64_t count;
   TileClass padding;
   const std::uint8_t* padding_bytes;  // of key 0, where there is key padding
+
+  /// Keys [begin, end) of it; begin lies whole kKeyUnits behind the first.
+  KeyBlock part(std::int64_t begin, std::int64_t end) const {
+    KeyBlock part = *this;
+    part.first = begin;
+    part.count = end - begin;
+    part.key.data += (begin - first) * key.row_stride;
+    part.value.data += (begin - first) / Policy::kDepth * value.depth_stride;
+    return part;
+  }
 };
 
 template <typename Policy>
@@ -27,8 +42,9 @@ struct ForwardKernel {
   const TileClass* mask_map;
   char* workspace;
   DropoutState dropout;
-  ScoreDomain<T> domain = ScoreDomain<T>::of(
-      params.transform.mask.kind == AttentionMaskKind::kAdditive ? 1.0 : scale_size());
+  ScoreFunction<T> function = ScoreFunction<T>::of(params.transform, scale_size(),
+                                                   ScoreFunction<T>::is_natural(params.transform));
+  ScoreDomain<T> domain = ScoreDomain<T>::of(function.natural ? 1.0 : scale_size());
   KeySplits<Policy> splits{params, plan, workspace, dropout, domain};
 
   /// Of the scale; its sign goes with the queries.
@@ -45,7 +61,10 @@ struct ForwardKernel {
     tile.reference = scratch.take<T>(kSubTile);
     tile.maximum = scratch.take<T>(kSubTile);
     tile.sum = scratch.take<T>(kSubTile);
+    tile.first_key = scratch.take<Int>(kSubTile);
     tile.last_key = scratch.take<Int>(kSubTile);
+    tile.alibi_slope = scratch.take<T>(kSubTile);
+    tile.alibi_position = scratch.take<T>(kSubTile);
     tile.query = scratch.take<std::uint32_t>(kSubTile);
     tile.slice = scratch.take<std::uint32_t>(kSubTile);
     tile.query_offset = scratch.take<std::int64_t>(kSubTile);
@@ -82,15 +101,21 @@ struct ForwardKernel {
                                query * transform.mask.view.row_stride;
       tile.query[lane] = static_cast<std::uint32_t>(query);
       tile.slice[lane] = static_cast<std::uint32_t>(batch * shape.query_heads + first_head + head);
-      tile.last_key[lane] =
-          static_cast<Int>(keys_of(transform.window, query, shape.kv_len).end - 1);
+      const Range keys = keys_of(transform.window, query, shape.kv_len);
+      tile.first_key[lane] = static_cast<Int>(keys.begin);
+      tile.last_key[lane] = static_cast<Int>(keys.end - 1);
+      if (transform.alibi.data != nullptr) {
+        tile.alibi_slope[lane] = alibi_slope(transform.alibi, shape, batch, first_head + head);
+        tile.alibi_position[lane] = alibi_position<T>(transform.window, query);
+      }
       if (lane + 1 < tile.count && ++head == heads) {
         head = 0;
         ++query;
       }
     }
-    tile.first_allowed_end = tile.last_key[0] + 1;
-    tile.last_allowed_end = tile.last_key[tile.count - 1] + 1;
+    const Range queries{first_row / heads, (first_row + tile.count - 1) / heads + 1};
+    tile.any_keys = keys_of_any(transform.window, queries, shape.kv_len);
+    tile.all_keys = keys_of_all(transform.window, queries, shape.kv_len);
     for (int vector = 0; vector < tile.vectors; ++vector) {
       const std::int64_t* offsets = tile.query_offset + vector * kLanes;
       pack_lanes<Policy>(
@@ -109,50 +134,56 @@ struct ForwardKernel {
                     first_key / map.column_tile];
   }
 
-  /// The modifiers that a tile needs.
-  void modify_scores(T* scores, const QueryTile<Policy>& tile, const KeyBlock<Policy>& block,
-                     TileClass mask, bool diagonal) const {
+  /// Products become scores. `excludes`: the mask, padding or the window leave some pairs out.
+  void transform_scores(const ScoreColumns<T>& columns, const QueryTile<Policy>& tile,
+                        const KeyBlock<Policy>& block, TileClass mask, TileClass window) const {
     const ScoreTransform& transform = params.transform;
-    const int stride = tile.vectors * kLanes;
+    const ConstStridedView& view = transform.mask.view;
     const bool additive = transform.mask.kind == AttentionMaskKind::kAdditive;
-    if (additive || mask == TileClass::kMixed) {
+    const bool masked = additive || mask == TileClass::kMixed;
+    if (masked || function.natural) {
       const ScalarType type = additive ? transform.mask.dtype : ScalarType::kBool;
-      const bool uniform = transform.mask.view.row_stride == 0 &&
-                           (transform.mask.view.head_stride == 0 || group() == 1);
-      add_mask_transposed<T>(scores, stride, block.count, tile.vectors, block.first, type,
-                             transform.mask.view.col_stride, uniform,
-                             static_cast<T>(additive ? scale_size() : 1.0), [&](int lane) {
-                               return element_at(transform.mask.view.data, type,
-                                                 tile.mask_offset[lane]);
-                             });
-    }
-    if (block.padding == TileClass::kMixed) {
-      for (std::int64_t key = 0; key < block.count; ++key) {
-        if (!block.padding_bytes[(block.first + key) * transform.key_padding.col_stride]) continue;
-        for (int vector = 0; vector < tile.vectors; ++vector) {
-          store<T>(scores + key * stride + vector * kLanes, broadcast(-kInfinity<T>));
-        }
+      const bool uniform = view.row_stride == 0 && (view.head_stride == 0 || group() == 1);
+      const auto apply = [&](auto capped, auto alibi) {
+        ScoreColumns<T>::template apply<capped.value, alibi.value>(
+            columns, function, tile.alibi_slope, tile.alibi_position, masked, type, view.col_stride,
+            uniform, [&](int lane) { return element_at(view.data, type, tile.mask_offset[lane]); });
+      };
+      if (transform.alibi.data == nullptr) {
+        function.capped ? apply(Flag<true>{}, Flag<false>{}) : apply(Flag<false>{}, Flag<false>{});
+      } else {
+        function.capped ? apply(Flag<true>{}, Flag<true>{}) : apply(Flag<false>{}, Flag<true>{});
       }
     }
-    if (diagonal) {
-      mask_after<T>(scores, stride, block.count, tile.vectors, block.first, tile.last_key);
+    if (block.padding == TileClass::kMixed) {
+      columns.exclude_padding(block.padding_bytes, transform.key_padding.col_stride);
+    }
+    if (window == TileClass::kMixed) {
+      block.first < tile.all_keys.begin
+          ? columns.template exclude_outside<true>(tile.first_key, tile.last_key)
+          : columns.template exclude_outside<false>(tile.first_key, tile.last_key);
     }
   }
 
   /// One (tile, block): scores, softmax, weighted values.
   template <int kVectors>
-  void process(QueryTile<Policy>& tile, const KeyBlock<Policy>& block, T* scores, TileClass mask,
-               bool diagonal) const {
+  void process(QueryTile<Policy>& tile, const KeyBlock<Policy>& block, T* scores,
+               TileClass mask) const {
     constexpr int kStride = kVectors * kLanes;
     const AttentionShape& shape = params.shape;
     contract_rows<Policy, kVectors, false>(block.count,
                                            (shape.head_dim + Policy::kDepth - 1) / Policy::kDepth,
                                            block.key, tile.panel, kStride, scores, kStride);
-    const bool modified = diagonal || mask == TileClass::kMixed ||
+    const bool whole =
+        block.first >= tile.all_keys.begin && block.first + block.count <= tile.all_keys.end;
+    const bool excludes = !whole || mask == TileClass::kMixed ||
                           params.transform.mask.kind == AttentionMaskKind::kAdditive ||
                           block.padding == TileClass::kMixed;
-    if (modified) {
-      modify_scores(scores, tile, block, mask, diagonal);
+    if (excludes || function.natural) {
+      const ScoreColumns<T> columns{scores, kStride, kVectors, block.first, block.count};
+      transform_scores(columns, tile, block, mask, whole ? TileClass::kFull : TileClass::kMixed);
+    }
+    if (excludes) {
       online_softmax<Policy, kVectors, true>(scores, block.count, tile, shape.value_dim, domain);
     } else {
       online_softmax<Policy, kVectors, false>(scores, block.count, tile, shape.value_dim, domain);
@@ -186,23 +217,27 @@ struct ForwardKernel {
     if (!tile.started) {
       for (std::int64_t i = 0; i < shape.value_dim * stride; ++i) tile.out[i] = 0;
     }
+    T* const logsumexp = static_cast<T*>(params.logsumexp);
     for (int vector = 0; vector < tile.vectors; ++vector) {
+      const std::int64_t count = min_of(tile.count - vector * kLanes, kLanes);
       const Vec<T> sum = load<T>(tile.sum + vector * kLanes);
-      const Vec<T> inverse = sum == Vec<T>{} ? Vec<T>{} : static_cast<T>(dropout.scale) / sum;
+      Vec<T> inverse = sum == Vec<T>{} ? Vec<T>{} : static_cast<T>(dropout.scale) / sum;
+      const bool totals = logsumexp != nullptr || params.transform.sink != nullptr;
+      for (std::int64_t i = 0; totals && i < count; ++i) {
+        const std::int64_t lane = vector * kLanes + i;
+        const std::int64_t row = first_row + lane;
+        const std::int64_t head = kv_head * heads + row % heads;
+        const RowTotal<T> total =
+            row_total(domain, tile.maximum[lane], tile.reference[lane], tile.sum[lane],
+                      dropout.scale, sink_of<T>(params.transform, head));
+        inverse[i] = total.inverse;
+        if (logsumexp == nullptr) continue;
+        logsumexp[(batch * shape.query_heads + head) * shape.q_len + row / heads] = total.logsumexp;
+      }
       const std::int64_t* offsets = tile.out_offset + vector * kLanes;
-      unpack_lanes<T>(tile.out + vector * kLanes, stride, tile.count - vector * kLanes,
-                      shape.value_dim, inverse, params.out.data, params.dtype,
-                      params.out.col_stride,
+      unpack_lanes<T>(tile.out + vector * kLanes, stride, count, shape.value_dim, inverse,
+                      params.out.data, params.dtype, params.out.col_stride,
                       [offsets](std::int64_t lane) { return offsets[lane]; });
-    }
-    if (params.logsumexp == nullptr) return;
-    T* logsumexp = static_cast<T*>(params.logsumexp);
-    for (std::int64_t lane = 0; lane < tile.count; ++lane) {
-      const std::int64_t row = first_row + lane;
-      const std::int64_t head = kv_head * heads + row % heads;
-      logsumexp[(batch * shape.query_heads + head) * shape.q_len + row / heads] =
-          KeySplits<Policy>::log_sum(domain, tile.maximum[lane], tile.reference[lane],
-                                     tile.sum[lane]);
     }
   }
 
@@ -223,7 +258,6 @@ struct ForwardKernel {
     const std::int64_t first_row = row_tile * plan.super_tile;
     const std::int64_t last_row = min_of(first_row + plan.super_tile, plan.rows);
     int num_tiles = 0;
-    std::int64_t kv_end = 0;
     for (std::int64_t row = first_row; row < last_row; row += kSubTile) {
       QueryTile<Policy>& tile = tiles[num_tiles++];
       set_up_tile(tile, scratch);
@@ -233,11 +267,9 @@ struct ForwardKernel {
         store<T>(tile.maximum + j * kLanes, broadcast(-kInfinity<T>));
         store<T>(tile.sum + j * kLanes, Vec<T>{});
       }
-      kv_end = max_of(kv_end, tile.last_allowed_end);
     }
 
-    const std::int64_t kv_begin = split * plan.kv_split_len;
-    kv_end = min_of(kv_end, kv_begin + plan.kv_split_len);
+    const Range keys = plan.keys_of_task(params, row_tile, split);
     const std::int64_t key_base = slice_offset(params.key, shape.batch_sizes, batch, kv_head);
     const std::int64_t value_base = slice_offset(params.value, shape.batch_sizes, batch, kv_head);
     const std::uint8_t* padding = nullptr;
@@ -245,10 +277,10 @@ struct ForwardKernel {
       padding = static_cast<const std::uint8_t*>(transform.key_padding.data) +
                 slice_offset(transform.key_padding, shape.batch_sizes, batch, 0);
     }
-    for (std::int64_t first = kv_begin; first < kv_end; first += plan.kv_block) {
+    for (std::int64_t first = keys.begin; first < keys.end; first += plan.kv_block) {
       KeyBlock<Policy> block{};
       block.first = first;
-      block.count = min_of(plan.kv_block, kv_end - first);
+      block.count = min_of(plan.kv_block, keys.end - first);
       block.padding_bytes = padding;
       block.padding =
           padding == nullptr
@@ -258,26 +290,26 @@ struct ForwardKernel {
       bool staged = false;
       for (int t = 0; t < num_tiles; ++t) {
         QueryTile<Policy>& tile = tiles[t];
-        if (first >= tile.last_allowed_end) continue;
+        const std::int64_t begin = max_of(first, tile.any_keys.begin / kKeyUnit * kKeyUnit);
+        const std::int64_t end = min_of(first + block.count, tile.any_keys.end);
+        if (begin >= end) continue;
         const TileClass mask = mask_class(tile, map_slice, first);
         if (mask == TileClass::kEmpty) continue;
         if (!staged) {
           stage(block, key_base, value_base, key_buffer, value_buffer);
           staged = true;
         }
-        prefetch_share(first + plan.kv_block, kv_end, t, num_tiles, key_base, value_base);
-        KeyBlock<Policy> visible = block;
-        visible.count = min_of(block.count, tile.last_allowed_end - first);
-        const bool diagonal = first + visible.count > tile.first_allowed_end;
+        prefetch_share(first + plan.kv_block, keys.end, t, num_tiles, key_base, value_base);
+        const KeyBlock<Policy> visible = block.part(begin, end);
         switch (tile.vectors) {
           case 1:
-            process<1>(tile, visible, scores, mask, diagonal);
+            process<1>(tile, visible, scores, mask);
             break;
           case 2:
-            process<2>(tile, visible, scores, mask, diagonal);
+            process<2>(tile, visible, scores, mask);
             break;
           default:
-            process<kMaxVectors>(tile, visible, scores, mask, diagonal);
+            process<kMaxVectors>(tile, visible, scores, mask);
         }
       }
     }

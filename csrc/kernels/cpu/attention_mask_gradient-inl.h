@@ -37,7 +37,7 @@ struct MaskGradient {
   void add(const BackwardScratch<Policy>& scratch, const ScoreBlock<Policy>& block) const {
     if (plan.mask_rows == 1 && plan.mask_cols > 1) return add_to_row(scratch, block);
     for (std::int64_t i = 0; i < block.queries; ++i) {
-      const T* grad_score = scratch.grad_score + i * plan.key_tile;
+      const T* grad_score = scratch.mask_score + i * plan.key_tile;
       T* sum = block.mask_sum + (plan.mask_rows == 1 ? 0 : i * plan.mask_cols);
       if (plan.mask_cols == 1) {
         Vec<T> total{};
@@ -62,7 +62,7 @@ struct MaskGradient {
     for (std::int64_t key = 0; key < block.keys; key += kLanes) {
       Vec<T> total{};
       for (std::int64_t i = 0; i < block.queries; ++i) {
-        total += load<T>(scratch.grad_score + i * plan.key_tile + key);
+        total += load<T>(scratch.mask_score + i * plan.key_tile + key);
       }
       const std::int64_t count = block.keys - key;
       T* target = block.mask_sum + block.first_key + key;

@@ -37,6 +37,26 @@ struct RowStatistics {
     return any;
   }
 
+  /// Some logsumexp is too large to be taken at its word.
+  bool any = any_uncertain(0, rows());
+
+  /// weight = factor * exp(score - reference) of a row, (batch, query_heads, q_len).
+  struct RowWeight {
+    T reference;
+    T factor;
+  };
+  RowWeight weight_of(std::int64_t row) const {
+    if (any) return {*references(row), *factors(row)};
+    return {reference_of(static_cast<const T*>(params.logsumexp)[row]), static_cast<T>(1)};
+  }
+
+  /// A row's delta of its rowsum(grad_out * out).
+  T without_grad_logsumexp(T dot, std::int64_t row) const {
+    const T* const grad = static_cast<const T*>(params.grad_logsumexp);
+    const bool attends = static_cast<const T*>(params.logsumexp)[row] != -kInfinity<T>;
+    return grad != nullptr && attends ? dot - grad[row] : dot;
+  }
+
   static T reference_of(T logsumexp) {
     return logsumexp == -kInfinity<T> ? kInfinity<T> : logsumexp;
   }
@@ -85,13 +105,16 @@ struct RowStatistics {
                      std::int64_t start, const Body& body) const {
     const AttentionShape& shape = params.shape;
     const std::int64_t kv_head = head / shape.group();
-    for (std::int64_t first = 0; first < shape.kv_len; first += plan.key_tile) {
+    const Range queries{start, min_of(start + plan.query_block, shape.q_len)};
+    const Range seen = keys_of_any(params.transform.window, queries, shape.kv_len);
+    for (std::int64_t first = seen.begin / plan.key_tile * plan.key_tile; first < seen.end;
+         first += plan.key_tile) {
       const std::int64_t keys = min_of(plan.key_tile, shape.kv_len - first);
-      const TileClass padding = blocks.load_key_bias(scratch.key_bias, batch, first, keys);
+      const TileClass padding = blocks.load_tile_bias(scratch.key_bias, batch, first, keys);
       ScoreBlock<Policy> block{};
       if (padding == TileClass::kEmpty ||
-          !blocks.locate(block, batch, kv_head, head % shape.group(), start, first, keys,
-                         padding)) {
+          !blocks.locate(block, batch, kv_head, head % shape.group(), start, first, keys, padding,
+                         scratch.key_bias)) {
         continue;
       }
       const std::int64_t base = slice_offset(params.key, shape.batch_sizes, batch, kv_head) +
@@ -107,14 +130,15 @@ struct RowStatistics {
 
   void add_weights(const BackwardScratch<Policy>& scratch, const ScoreBlock<Policy>& block,
                    std::int64_t start) const {
-    const NaturalScores<Policy> scores{params.transform, scratch, block,
-                                       static_cast<T>(params.transform.scale)};
     for (std::int64_t i = 0; i < block.queries; ++i) {
+      const ScoreRow<T> scores = block.row(params, i);
       T* maxima = lanes_of(scratch, block.first_query - start + i, 0);
       T* sums = lanes_of(scratch, block.first_query - start + i, 1);
       for (std::int64_t j = 0; j < block.vectors; ++j) {
-        const Vec<T> score =
-            natural_scores<true>(scores, i, j * kLanes, i * plan.key_tile + j * kLanes);
+        Vec<T> unused;
+        const Vec<T> score = ScoreRow<T>::template apply<true>(
+            scores, load<T>(scratch.weight + i * plan.key_tile + j * kLanes),
+            block.first_key + j * kLanes, max_of(block.keys - j * kLanes, 0), unused);
         const Vec<T> previous = load<T>(maxima);
         const Vec<T> maximum = vector_max(previous, score);
         const Vec<T> reference = maximum == broadcast(-kInfinity<T>) ? Vec<T>{} : maximum;
@@ -159,9 +183,15 @@ struct RowStatistics {
   void finish_row(const BackwardScratch<Policy>& scratch, std::int64_t i, T logsumexp,
                   double squares, std::int64_t row) const {
     const Vec<T> maxima = load<T>(lanes_of(scratch, i, 0));
-    const T maximum = horizontal_max<T>(maxima);
+    T maximum = horizontal_max<T>(maxima);
     if (!(maximum > -kInfinity<T>)) return;
-    const T sum = horizontal_sum<T>(load<T>(lanes_of(scratch, i, 1)) * weights(maxima - maximum));
+    T sum = horizontal_sum<T>(load<T>(lanes_of(scratch, i, 1)) * weights(maxima - maximum));
+    if (const T* sink =
+            sink_of<T>(params.transform, row / params.shape.q_len % params.shape.query_heads)) {
+      const T largest = *sink > maximum ? *sink : maximum;
+      sum = sum * weights(broadcast(maximum - largest))[0] + weights(broadcast(*sink - largest))[0];
+      maximum = largest;
+    }
     const double size = __builtin_fabs(static_cast<double>(logsumexp)) +
                         __builtin_fabs(params.transform.scale) * __builtin_sqrt(squares);
     const double tolerance = size * (sizeof(T) == 8 ? 0x1p-49 : 0x1p-20);

@@ -37,6 +37,12 @@ struct MaskMapPlan {
 std::int64_t mask_map_slice(const MaskMapPlan& plan, const AttentionShape& shape,
                             std::int64_t batch, std::int64_t kv_head);
 
+inline constexpr std::int64_t kDecodeRows = 4;
+
+/// A tile's keys begin at a multiple: of the vectors of every instruction set, and of the keys
+/// whose dropout is drawn together.
+inline constexpr std::int64_t kKeyUnit = 16;
+
 /// Forward: rows = q_len * group, query-major, so that the grouped heads of one position are
 /// neighbours and share the staged K and V.
 struct ForwardPlan {
@@ -47,7 +53,7 @@ struct ForwardPlan {
   std::int64_t super_tile = 0;  // rows per task
   std::int64_t row_tiles = 0;
   std::int64_t kv_block = 0;
-  std::int64_t kv_splits = 1;
+  std::int64_t kv_splits = 1;  // of the keys that a row tile sees
   std::int64_t kv_split_len = 0;
   MaskMapPlan mask_map;
   std::size_t partial_offset =
@@ -55,9 +61,13 @@ struct ForwardPlan {
   std::size_t worker_offset = 0;
   std::size_t worker_bytes = 0;
   std::size_t total_bytes = 0;
-};
 
-inline constexpr std::int64_t kDecodeRows = 4;
+  /// The keys of a row tile that the window leaves, from the start of a block on.
+  Range keys_of_row_tile(const AttentionForwardParams& params, std::int64_t row_tile) const;
+  /// The part of them that falls to a split.
+  Range keys_of_task(const AttentionForwardParams& params, std::int64_t row_tile,
+                     std::int64_t split) const;
+};
 
 /// Most sub-tiles that share a staged block of K and V.
 inline constexpr std::int64_t kMaxSubTiles = 16;
@@ -85,6 +95,8 @@ struct BackwardPlan {
   std::int64_t mask_rows = 0;      // elements of a partial: heads of a slice * rows * columns
   std::int64_t mask_cols = 0;
   std::int64_t mask_heads = 0;
+  /// Its terms and those of the other gradients are two numbers.
+  bool caps_masked_scores = false;
 
   MaskMapPlan mask_map;
   std::size_t query_partial_offset = 0;  // (chunk, batch * query_heads, q_len, head_stride)

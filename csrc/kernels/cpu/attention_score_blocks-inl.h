@@ -11,62 +11,69 @@ struct ScoreBlocks {
   const BackwardPlan& plan;
   const TileClass* mask_map;
 
-  /// The first query that sees any key from `first_key` on.
-  std::int64_t first_allowed(std::int64_t first_key) const {
-    const Range keys{first_key, first_key + 1};
-    return queries_of_any(params.transform.window, keys, params.shape.q_len).begin;
+  /// Of a call's transform, with the scale's sign.
+  ScoreFunction<T> function = ScoreFunction<T>::of(params.transform, params.transform.scale, true);
+
+  /// The queries that the window lets see any of some keys.
+  Range queries_of(std::int64_t first_key, std::int64_t count) const {
+    const Range keys{first_key, first_key + max_of(count, 1)};
+    return queries_of_any(params.transform.window, keys, params.shape.q_len);
   }
 
   /// The block of head `g` of a group, of a tile of `count` keys, whose queries are those of the
   /// plan's query block at `start`. False: no query of it attends to any of the keys.
   bool locate(ScoreBlock<Policy>& block, std::int64_t batch, std::int64_t kv_head, std::int64_t g,
-              std::int64_t start, std::int64_t first_key, std::int64_t count,
-              TileClass padding) const {
+              std::int64_t start, std::int64_t first_key, std::int64_t count, TileClass padding,
+              const T* key_bias) const {
     const AttentionShape& shape = params.shape;
     const ScoreTransform& transform = params.transform;
     const std::int64_t head = kv_head * shape.group() + g;
     block.head = g;
-    block.first_query = max_of(start, first_allowed(first_key));
-    const std::int64_t end = min_of(start + plan.query_block, shape.q_len);
+    const Range seeing = queries_of(first_key, count);
+    block.first_query = max_of(start, seeing.begin);
+    const std::int64_t end = min_of(start + plan.query_block, seeing.end);
     block.queries = end - block.first_query;
     if (block.queries <= 0) return false;
     const TileClass mask = mask_class(batch, kv_head, start / plan.query_block, first_key);
     if (mask == TileClass::kEmpty) return false;
-    block.first_key = first_key;
-    block.keys = count;
-    block.keys = min_of(count, keys_of(transform.window, end - 1, shape.kv_len).end - first_key);
+    const Range queries{block.first_query, end};
+    const Range keys = keys_of_any(transform.window, queries, first_key + count);
+    block.key_offset = max_of(keys.begin - first_key, 0) / kKeyUnit * kKeyUnit;
+    block.first_key = first_key + block.key_offset;
+    block.keys = keys.end - block.first_key;
     block.vectors = (block.keys + kLanes - 1) / kLanes;
-    // Lanes beyond the keys of the block's last query are keys of none.
-    block.diagonal = first_key + min_of(block.vectors * kLanes, count) >
-                     keys_of(transform.window, block.first_query, shape.kv_len).end;
-    block.adds_mask =
-        transform.mask.kind == AttentionMaskKind::kAdditive || mask == TileClass::kMixed;
-    block.adds_key_bias = padding == TileClass::kMixed || block.vectors * kLanes > count;
+    const std::int64_t lanes_end = block.first_key + block.vectors * kLanes;
     block.slice = static_cast<std::uint32_t>(batch * shape.query_heads + head);
-    if (block.adds_mask) {
-      block.mask_row =
-          element_at(transform.mask.view.data,
-                     transform.mask.kind == AttentionMaskKind::kAdditive ? transform.mask.dtype
-                                                                         : ScalarType::kBool,
-                     slice_offset(transform.mask.view, shape.batch_sizes, batch, head) +
-                         block.first_query * transform.mask.view.row_stride);
+
+    ScoreRow<T>& score = block.score;
+    score = ScoreRow<T>::of(function, transform, shape, batch, head, block.first_query);
+    if (transform.mask.kind == AttentionMaskKind::kBoolean && mask == TileClass::kFull) {
+      score.mask = nullptr;
     }
+    // Lanes beyond the tile's keys are excluded as padding is, those beyond the keys of the block's
+    // last query by the window.
+    if (padding == TileClass::kMixed || lanes_end > first_key + count) {
+      score.key_bias = key_bias;
+      score.bias_key = first_key;
+    }
+    const Range lanes{block.first_key, min_of(lanes_end, first_key + count)};
+    score.bounded = tile_class(transform.window, queries, lanes) != TileClass::kFull;
+    block.modified = score.mask != nullptr || score.key_bias != nullptr || score.bounded ||
+                     score.alibi || function.capped;
     return true;
   }
 
   /// Key padding and the end of the keys as a bias, a whole tile long.
-  TileClass load_key_bias(T* bias, std::int64_t batch, std::int64_t first,
-                          std::int64_t count) const {
+  TileClass load_tile_bias(T* bias, std::int64_t batch, std::int64_t first,
+                           std::int64_t count) const {
     const ConstStridedView& padding = params.transform.key_padding;
-    for (std::int64_t key = 0; key < plan.key_tile; ++key) {
-      bias[key] = key < count ? static_cast<T>(0) : -kInfinity<T>;
+    const std::uint8_t* bytes = nullptr;
+    if (padding.data != nullptr) {
+      bytes = static_cast<const std::uint8_t*>(padding.data) +
+              slice_offset(padding, params.shape.batch_sizes, batch, 0);
     }
-    if (padding.data == nullptr) return TileClass::kFull;
-    const std::uint8_t* bytes = static_cast<const std::uint8_t*>(padding.data) +
-                                slice_offset(padding, params.shape.batch_sizes, batch, 0);
-    for (std::int64_t key = 0; key < count; ++key) {
-      if (bytes[(first + key) * padding.col_stride]) bias[key] = -kInfinity<T>;
-    }
+    load_key_bias(bytes, padding.col_stride, first, count, plan.key_tile, bias);
+    if (bytes == nullptr) return TileClass::kFull;
     return classify_key_padding(bytes, padding.col_stride, first, count);
   }
 
@@ -101,7 +108,8 @@ struct ScoreBlocks {
                 T* out) const {
     if (!plan.few_rows) {
       contract<Policy, false>(block.queries, block.vectors, depth_steps<Policy>(columns),
-                              rows.over_columns, panel, plan.key_tile, out, plan.key_tile);
+                              rows.over_columns, panel + block.key_offset, plan.key_tile, out,
+                              plan.key_tile);
       return;
     }
     if constexpr (sizeof(T) == 4) {

@@ -13,7 +13,8 @@ struct BackwardScratch {
   T* grad_key;                     // (head_dim, keys) dK^T
   T* grad_value;                   // (value_dim, keys) dV^T
   T* weight;                       // (queries, keys) S, then P after dropout
-  T* grad_score;                   // (queries, keys) dP, then dS
+  T* grad_score;                   // (queries, keys) dP, then dS of the scaled products
+  T* mask_score;                   // (queries, keys) dS of what a mask adds to
   Scalar* weight_pairs;            // (queries / 2, keys), for bf16 pairs
   Scalar* grad_score_pairs;        // (queries / 2, keys)
   std::uint16_t* grad_score_rows;  // (queries, keys) bf16
@@ -37,55 +38,19 @@ struct ScoreBlock {
   std::int64_t first_key;
   std::int64_t keys;  // that any of the queries may attend to
   std::int64_t vectors;
-  const char* mask_row;  // of first_query, key 0
-  std::uint32_t slice;   // batch * query_heads + head, for dropout
-  bool adds_mask;
-  bool adds_key_bias;
-  bool diagonal;
+  std::int64_t key_offset;                   // of first_key in the tile
+  ScoreRow<typename Policy::Compute> score;  // of first_query
+  bool modified;                             // scores are more than products times the scale
+  std::uint32_t slice;                       // batch * query_heads + head, for dropout
   typename Policy::Compute* mask_sum;  // where the mask's gradient of (first_query, key 0) goes
-};
 
-/// The inputs of a block's natural scores; the products lie in scratch.weight.
-template <typename Policy>
-struct NaturalScores {
-  const ScoreTransform& transform;
-  const BackwardScratch<Policy>& scratch;
-  const ScoreBlock<Policy>& block;
-  typename Policy::Compute scale;
-};
-
-/// Natural scores of the block's query `i` and kLanes keys from `key` on, whose products lie at
-/// `place`. Rounded step by step as the forward pass does it: the same bits.
-template <bool kMasked, typename Policy>
-TORCH_EXT_INLINE Vec<typename Policy::Compute> natural_scores(const NaturalScores<Policy>& scores,
-                                                              std::int64_t i, std::int64_t key,
-                                                              std::int64_t place) {
-  using T = typename Policy::Compute;
-  using Int = typename Simd<T>::Int;
-  constexpr int kLanes = Simd<T>::kLanes;
-  const ScoreTransform& transform = scores.transform;
-  const ScoreBlock<Policy>& block = scores.block;
-  Vec<T> score = rounded(load<T>(scores.scratch.weight + place) * scores.scale);
-  if constexpr (kMasked) {
-    if (block.adds_mask) {
-      const ScalarType type = transform.mask.kind == AttentionMaskKind::kAdditive
-                                  ? transform.mask.dtype
-                                  : ScalarType::kBool;
-      score = add_mask<T>(
-          score, load_mask<T>(element_at(block.mask_row, type, i * transform.mask.view.row_stride),
-                              type, transform.mask.view.col_stride, block.first_key + key,
-                              max_of(block.keys - key, 0)));
-    }
-    if (block.adds_key_bias) score = add_mask<T>(score, load<T>(scores.scratch.key_bias + key));
-    if (block.diagonal) {
-      const std::int64_t end = keys_of(transform.window, block.first_query + i, kUnbounded).end;
-      const Int last =
-          static_cast<Int>(max_of(min_of(end - 1 - block.first_key - key, kLanes), -1));
-      score = lane_index<T>() > last ? broadcast(-kInfinity<T>) : score;
-    }
+  /// The scores of query `i` of the block.
+  ScoreRow<typename Policy::Compute> row(const AttentionBackwardParams& params,
+                                         std::int64_t i) const {
+    return ScoreRow<typename Policy::Compute>::below(score, params.transform, params.shape,
+                                                     first_query, i);
   }
-  return score;
-}
+};
 
 template <typename Policy>
 struct ScoreGradient {
@@ -97,14 +62,16 @@ struct ScoreGradient {
   const BackwardPlan& plan;
   const DropoutState& dropout;
 
-  /// Scores and dP become what the remaining products read: P after dropout, dS.
-  template <bool kMasked, bool kDropout>
+  /// Products and dP become what the remaining products read: P after dropout, dS.
+  template <bool kModified, bool kDropout>
   void weigh(const BackwardScratch<Policy>& scratch, const ScoreBlock<Policy>& block) const {
     const std::int64_t stride = plan.key_tile;
-    const NaturalScores<Policy> scores{params.transform, scratch, block,
-                                       static_cast<T>(params.transform.scale)};
     const ScoreDomain<T> natural = ScoreDomain<T>::of(1.0);
     for (std::int64_t row = 0; row < block.queries; row += Policy::kDepth) {
+      ScoreRow<T> scores[Policy::kDepth];
+      for (int t = 0; t < Policy::kDepth; ++t) {
+        scores[t] = kModified ? block.row(params, row + t) : block.score;
+      }
       for (std::int64_t j = 0; j < block.vectors; ++j) {
         Vec<T> weight[Policy::kDepth];
         Vec<T> grad_score[Policy::kDepth];
@@ -120,9 +87,11 @@ struct ScoreGradient {
           const T delta = scratch.delta[head_row];
           // At most 0 where logsumexp is the forward pass's own. The bound comes first: a NaN
           // stays.
-          const Vec<T> x =
-              vector_min(Vec<T>{}, natural_scores<kMasked>(scores, i, j * kLanes, place) -
-                                       scratch.reference[head_row]);
+          Vec<T> cap_slope;
+          const Vec<T> score = ScoreRow<T>::template apply<kModified>(
+              scores[t], load<T>(scratch.weight + place), block.first_key + j * kLanes,
+              max_of(block.keys - j * kLanes, 0), cap_slope);
+          const Vec<T> x = vector_min(Vec<T>{}, score - scratch.reference[head_row]);
           Vec<T> w =
               exp2_product(vector_max(broadcast(natural.lowest), x), broadcast(natural.log2)) *
               scratch.factor[head_row];
@@ -134,20 +103,22 @@ struct ScoreGradient {
             grad_weight = (Vec<T>)((IntVector)grad_weight & kept);
           }
           Vec<T> ds = w * (grad_weight - delta);
-          if constexpr (kMasked) {
+          if constexpr (kModified) {
             const IntVector negligible = x < natural.lowest;
             w = negligible ? Vec<T>{} : w;
             ds = negligible ? Vec<T>{} : ds;
           }
           if constexpr (kDropout) w = (Vec<T>)((IntVector)w & kept);
+          // The mask's gradient reads it in full precision, and before the cap.
+          if (block.mask_sum != nullptr) store<T>(scratch.mask_score + place, ds);
+          if constexpr (kModified) {
+            if (scores[t].function.capped) ds *= cap_slope;
+          }
           weight[t] = w;
           grad_score[t] = ds;
           if constexpr (Policy::kDepth == 1) {
             store<T>(scratch.weight + place, w);
             store<T>(scratch.grad_score + place, ds);
-          } else {
-            // The mask's gradient reads it in full precision.
-            if (block.mask_sum != nullptr) store<T>(scratch.grad_score + place, ds);
           }
         }
         if constexpr (Policy::kDepth == 2) {

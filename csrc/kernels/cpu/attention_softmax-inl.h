@@ -5,24 +5,79 @@
 template <typename Policy>
 struct QueryTile {
   using T = typename Policy::Compute;
-  typename Policy::Scalar* panel;   // (head_dim / depth, lanes): Q^T with the scale's sign
-  T* out;                           // (value_dim, lanes): O^T, not normalised
-  T* reference;                     // of the weights: 2^8 below the maximum at most
-  T* maximum;                       // of the scores
-  T* sum;                           // of the weights before dropout
-  typename Simd<T>::Int* last_key;  // the last key that causality allows
-  std::uint32_t* query;             // position, for dropout
-  std::uint32_t* slice;             // batch * query_heads + head, for dropout
-  std::int64_t* query_offset;       // of the row in query, out and mask, in elements
+  typename Policy::Scalar* panel;    // (head_dim / depth, lanes): Q^T with the scale's sign
+  T* out;                            // (value_dim, lanes): O^T, not normalised
+  T* reference;                      // of the weights: 2^8 below the maximum at most
+  T* maximum;                        // of the scores
+  T* sum;                            // of the weights before dropout
+  typename Simd<T>::Int* first_key;  // the first and the last key that the window leaves
+  typename Simd<T>::Int* last_key;
+  T* alibi_slope;
+  T* alibi_position;
+  std::uint32_t* query;        // position, for dropout
+  std::uint32_t* slice;        // batch * query_heads + head, for dropout
+  std::int64_t* query_offset;  // of the row in query, out and mask, in elements
   std::int64_t* out_offset;
   std::int64_t* mask_offset;
   std::int64_t count;  // rows; the other lanes compute on zeros
   int vectors;
-  std::int64_t first_allowed_end;  // keys from here on are masked for some row
-  std::int64_t last_allowed_end;   // ... and for all rows
-  std::int64_t row_tile;           // index into the mask map
+  Range any_keys;         // of some row, by the window
+  Range all_keys;         // of every row
+  std::int64_t row_tile;  // index into the mask map
   bool started;
 };
+
+/// logsumexp of a row whose weights are sums of 2^((score - reference) * log2). The maximum's own
+/// weight is 1, so nothing is below the maximum's natural score: rounded as the backward pass
+/// rounds scores, which thus never finds a weight above 1.
+template <typename T>
+TORCH_EXT_INLINE T log_sum(const ScoreDomain<T>& domain, T maximum, T reference, T sum) {
+  if (sum == 0) return -kInfinity<T>;
+  const T highest = rounded(maximum * domain.unit);
+  const T exponent = (maximum - reference) * domain.log2;
+  T rest;
+  if constexpr (sizeof(T) == 8) {
+    rest = __builtin_log(sum) - exponent * kLn2;
+  } else {
+    rest = static_cast<T>(__builtin_log(static_cast<double>(sum)) - exponent * kLn2);
+  }
+  return highest + (rest < 0 ? static_cast<T>(0) : rest);
+}
+
+/// The factor that normalises a row's sums, and its logsumexp.
+template <typename T>
+struct RowTotal {
+  T inverse;
+  T logsumexp;
+};
+
+/// `keep_scale`: of dropout. `sink`: the row's, which joins its keys here, once whatever the
+/// splits; null: it has none.
+template <typename T>
+TORCH_EXT_INLINE RowTotal<T> row_total(const ScoreDomain<T>& domain, T maximum, T reference, T sum,
+                                       double keep_scale, const T* sink) {
+  if (sink == nullptr) {
+    return {sum == 0 ? static_cast<T>(0) : static_cast<T>(keep_scale) / sum,
+            log_sum(domain, maximum, reference, sum)};
+  }
+  if (sum == 0) return {static_cast<T>(0), *sink};
+  const double highest = rounded(maximum * domain.unit);
+  const double largest = *sink > highest ? *sink : highest;
+  // Of the keys, and of all, relative to the largest.
+  const double keys_scale =
+      __builtin_exp2(-static_cast<double>((maximum - reference) * domain.log2)) *
+      __builtin_exp(highest - largest);
+  const double total = sum * keys_scale + __builtin_exp(*sink - largest);
+  const double rest = __builtin_log(total);
+  return {static_cast<T>(keep_scale * keys_scale / total),
+          static_cast<T>(largest) + static_cast<T>(rest < 0 ? 0.0 : rest)};
+}
+
+/// A query head's sink; null: the call has none.
+template <typename T>
+TORCH_EXT_INLINE const T* sink_of(const ScoreTransform& transform, std::int64_t head) {
+  return transform.sink == nullptr ? nullptr : static_cast<const T*>(transform.sink) + head;
+}
 
 /// Online softmax of one tile: scores become weights. kMasked: scores may be -inf, and a row may
 /// have seen none but those.

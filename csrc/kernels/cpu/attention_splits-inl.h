@@ -12,22 +12,6 @@ struct KeySplits {
   const DropoutState& dropout;
   const ScoreDomain<T>& domain;
 
-  /// logsumexp of a row whose weights are sums of 2^((score - reference) * log2). The maximum's own
-  /// weight is 1, so nothing is below the maximum's natural score: rounded as the backward pass
-  /// rounds scores, which thus never finds a weight above 1.
-  static T log_sum(const ScoreDomain<T>& domain, T maximum, T reference, T sum) {
-    if (sum == 0) return -kInfinity<T>;
-    const T highest = rounded(maximum * domain.unit);
-    const T exponent = (maximum - reference) * domain.log2;
-    T rest;
-    if constexpr (sizeof(T) == 8) {
-      rest = __builtin_log(sum) - exponent * kLn2;
-    } else {
-      rest = static_cast<T>(__builtin_log(static_cast<double>(sum)) - exponent * kLn2);
-    }
-    return highest + (rest < 0 ? static_cast<T>(0) : rest);
-  }
-
   /// Leaves a split's unnormalised result for combine().
   void store(const QueryTile<Policy>& tile, T* partial) const {
     const std::int64_t width = params.shape.value_dim + 3;
@@ -75,8 +59,8 @@ struct KeySplits {
         joined[d] = split == 0 ? weight * partial[d] : joined[d] + weight * partial[d];
       }
     }
-    const Vec<T> inverse =
-        broadcast(sum == 0 ? static_cast<T>(0) : static_cast<T>(dropout.scale) / sum);
+    const RowTotal<T> total = row_total(domain, maximum, reference, sum, dropout.scale,
+                                        sink_of<T>(params.transform, head));
     const std::int64_t offset =
         slice_offset(params.out, shape.batch_sizes, batch, head) + query * params.out.row_stride;
     for (std::int64_t d = 0; d < shape.value_dim; d += kLanes) {
@@ -84,11 +68,11 @@ struct KeySplits {
       store_elements<T>(
           element_at(params.out.data, params.dtype, offset + d * params.out.col_stride),
           params.dtype, params.out.col_stride, count,
-          load_elements<T>(joined + d, kNativeType<Policy>, 1, count) * inverse);
+          load_elements<T>(joined + d, kNativeType<Policy>, 1, count) * total.inverse);
     }
     if (params.logsumexp != nullptr) {
       static_cast<T*>(params.logsumexp)[(batch * shape.query_heads + head) * shape.q_len + query] =
-          log_sum(domain, maximum, reference, sum);
+          total.logsumexp;
     }
   }
 };

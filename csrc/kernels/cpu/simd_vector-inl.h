@@ -87,6 +87,15 @@ TORCH_EXT_INLINE V vector_min(V a, V b) {
   return a < b ? a : b;
 }
 
+/// Without its sign.
+template <typename T>
+TORCH_EXT_INLINE Vec<T> absolute(Vec<T> x) {
+  using Int = typename Simd<T>::Int;
+  using IntVector = typename Simd<T>::IntVector;
+  return (Vec<T>)((IntVector)x &
+                  static_cast<Int>(sizeof(T) == 4 ? 0x7FFFFFFF : 0x7FFFFFFFFFFFFFFF));
+}
+
 /// x itself, rounded to its type: the compiler may not fuse the product that made it with a sum
 /// that takes it. Where a difference of two such products has to be exactly 0.
 template <typename V>
@@ -115,6 +124,12 @@ TORCH_EXT_INLINE typename Simd<T>::IntVector lane_index() {
   typename Simd<T>::IntVector lanes;
   for (int lane = 0; lane < Simd<T>::kLanes; ++lane) lanes[lane] = lane;
   return lanes;
+}
+
+/// The same numbers as T.
+template <typename T>
+TORCH_EXT_INLINE Vec<T> lane_numbers() {
+  return __builtin_convertvector(lane_index<T>(), Vec<T>);
 }
 
 template <typename V>

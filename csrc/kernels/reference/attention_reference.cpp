@@ -16,6 +16,10 @@ using reference::store_element;
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
+ScalarType logsumexp_type(ScalarType dtype) {
+  return dtype == ScalarType::kFloat64 ? ScalarType::kFloat64 : ScalarType::kFloat32;
+}
+
 /// One (batch, head) slice of a tensor, in the type of the arithmetic.
 template <typename T>
 class DenseSlice {
@@ -66,18 +70,27 @@ struct RowWeights {
   std::vector<T> weight;       // (kv_len)
   std::vector<T> keep;         // (kv_len)
   std::vector<bool> attended;  // (kv_len): false = the pair takes no part, whatever its values
+  std::vector<T> cap_slope;    // (kv_len): of the soft cap
+  T sink_weight = 0;
   T logsumexp = -kInfinity;
 };
 
 /// The score that masks add to, or -inf where they exclude the pair.
 class PairMask {
  public:
-  PairMask(const ScoreTransform& transform, const AttentionShape& shape, std::int64_t batch,
-           std::int64_t head)
+  PairMask(const ScoreTransform& transform, ScalarType sink_type, const AttentionShape& shape,
+           std::int64_t batch, std::int64_t head)
       : transform_(transform),
         kv_len_(shape.kv_len),
         mask_base_(slice_offset(transform.mask.view, shape.batch_sizes, batch, head)),
-        padding_base_(slice_offset(transform.key_padding, shape.batch_sizes, batch, 0)) {}
+        padding_base_(slice_offset(transform.key_padding, shape.batch_sizes, batch, 0)) {
+    const AlibiSlopes& alibi = transform.alibi;
+    if (alibi.data != nullptr) {
+      const ConstStridedView view{alibi.data, alibi.batch_strides, alibi.head_stride};
+      alibi_slope_ = alibi.data[slice_offset(view, shape.batch_sizes, batch, head)];
+    }
+    if (transform.sink != nullptr) sink_ = load_element(transform.sink, head, sink_type);
+  }
 
   bool excludes(std::int64_t query, std::int64_t key) const {
     const Range keys = keys_of(transform_.window, query, kv_len_);
@@ -98,6 +111,14 @@ class PairMask {
     return load_element(transform_.mask.view.data, mask_offset(query, key), transform_.mask.dtype);
   }
 
+  double alibi(std::int64_t query, std::int64_t key) const {
+    const double distance = static_cast<double>(query + transform_.window.offset - key);
+    return alibi_slope_ == 0.0 ? 0.0 : -alibi_slope_ * std::fabs(distance);
+  }
+
+  /// -inf: there is none.
+  double sink() const { return sink_; }
+
  private:
   std::int64_t mask_offset(std::int64_t query, std::int64_t key) const {
     return mask_base_ + query * transform_.mask.view.row_stride +
@@ -108,6 +129,8 @@ class PairMask {
   std::int64_t kv_len_;
   std::int64_t mask_base_;
   std::int64_t padding_base_;
+  double alibi_slope_ = 0.0;
+  double sink_ = -kInfinity;
 };
 
 /// query(row) . key(col), added up in either order.
@@ -130,25 +153,33 @@ RowWeights<T> row_weights(const Params& params, const DenseSlice<T>& query,
   const AttentionShape& shape = params.shape;
   const auto kv_len = static_cast<std::size_t>(shape.kv_len);
   RowWeights<T> result{std::vector<T>(kv_len), std::vector<T>(kv_len, 1), std::vector<bool>(kv_len),
-                       static_cast<T>(-kInfinity)};
+                       std::vector<T>(kv_len, 1)};
 
   std::vector<T>& score = result.weight;
-  T maximum = -kInfinity;
+  const T sink = static_cast<T>(mask.sink());
+  T maximum = sink;
   for (std::int64_t j = 0; j < shape.kv_len; ++j) {
     score[j] = -kInfinity;
     if (mask.excludes(row, j)) continue;
     const T bias = static_cast<T>(mask.bias(row, j));
     if (bias == -kInfinity) continue;
-    score[j] =
-        static_cast<T>(params.transform.scale) * dot(query, row, key, j, shape.head_dim, order) +
-        bias;
+    T scaled =
+        static_cast<T>(params.transform.scale) * dot(query, row, key, j, shape.head_dim, order);
+    if (params.transform.softcap > 0.0) {
+      const T cap = static_cast<T>(params.transform.softcap);
+      const T t = std::tanh(scaled / cap);
+      result.cap_slope[j] = 1 - t * t;
+      scaled = cap * t;
+    }
+    score[j] = scaled + bias + static_cast<T>(mask.alibi(row, j));
     result.attended[j] = score[j] != -kInfinity;
     // Not std::max: a NaN has to stay.
     if (score[j] > maximum || std::isnan(score[j])) maximum = score[j];
     if (std::isnan(maximum)) break;
   }
 
-  T sum = 0;
+  if (sink != -kInfinity) result.sink_weight = std::exp(sink - maximum);
+  T sum = result.sink_weight;
   for (std::int64_t j = 0; j < shape.kv_len; ++j) {
     if (std::isnan(maximum)) result.attended[j] = !mask.excludes(row, j);
     score[j] = result.attended[j] ? std::exp(score[j] - maximum) : 0;
@@ -157,6 +188,7 @@ RowWeights<T> row_weights(const Params& params, const DenseSlice<T>& query,
   if (sum == 0) return result;  // attends to nothing: weights are 0, logsumexp -inf
   result.logsumexp = maximum + std::log(sum);
   for (T& weight : result.weight) weight /= sum;
+  result.sink_weight /= sum;
 
   if (params.dropout.probability > 0.0) {
     const std::uint32_t threshold = dropout_threshold(params.dropout.probability);
@@ -235,10 +267,6 @@ class MaskGradient {
   std::vector<T> sums_;
 };
 
-ScalarType logsumexp_type(ScalarType dtype) {
-  return dtype == ScalarType::kFloat64 ? ScalarType::kFloat64 : ScalarType::kFloat32;
-}
-
 template <typename T>
 void forward(const AttentionForwardParams& params, DotOrder order) {
   const AttentionShape& shape = params.shape;
@@ -252,7 +280,7 @@ void forward(const AttentionForwardParams& params, DotOrder order) {
                             shape.head_dim);
     const DenseSlice<T> value(params.value, params.dtype, shape, batch, kv_head, shape.kv_len,
                               shape.value_dim);
-    const PairMask mask(params.transform, shape, batch, head);
+    const PairMask mask(params.transform, logsumexp_type(params.dtype), shape, batch, head);
 
     DenseSlice<T> out(shape.q_len, shape.value_dim);
     for (std::int64_t i = 0; i < shape.q_len; ++i) {
@@ -306,8 +334,9 @@ void backward(const AttentionBackwardParams& params, DotOrder order, bool delta_
                                 shape.head_dim);
       const DenseSlice<T> grad_out(params.grad_out, params.dtype, shape, batch, head, shape.q_len,
                                    shape.value_dim);
-      const PairMask mask(params.transform, shape, batch, head);
+      const PairMask mask(params.transform, logsumexp_type(params.dtype), shape, batch, head);
       DenseSlice<T> grad_query(shape.q_len, shape.head_dim);
+      T grad_sink = 0;
 
       for (std::int64_t i = 0; i < shape.q_len; ++i) {
         const RowWeights<T> row = row_weights(params, query, key, mask, slice, i, order);
@@ -333,17 +362,22 @@ void backward(const AttentionBackwardParams& params, DotOrder order, bool delta_
           delta -= static_cast<T>(load_element(params.grad_logsumexp, slice * shape.q_len + i,
                                                logsumexp_type(params.dtype)));
         }
+        grad_sink -= row.sink_weight * delta;
         for (std::int64_t j = 0; j < shape.kv_len; ++j) {
           if (!row.attended[j]) continue;
           const T grad_score = row.weight[j] * (grad_weight[j] - delta);
+          const T grad_scaled = grad_score * row.cap_slope[j];
           for (std::int64_t d = 0; d < shape.head_dim; ++d) {
-            grad_query(i, d) += static_cast<T>(params.transform.scale) * grad_score * key(j, d);
-            grad_key(j, d) += static_cast<T>(params.transform.scale) * grad_score * query(i, d);
+            grad_query(i, d) += static_cast<T>(params.transform.scale) * grad_scaled * key(j, d);
+            grad_key(j, d) += static_cast<T>(params.transform.scale) * grad_scaled * query(i, d);
           }
           if (grad_mask.wanted()) grad_mask.add(batch, head, i, j, grad_score);
         }
       }
       grad_query.store(params.grad_query, gradient_type(params), shape, batch, head);
+      if (params.grad_sink != nullptr) {
+        store_element(params.grad_sink, slice, logsumexp_type(params.dtype), grad_sink);
+      }
     }
     grad_key.store(params.grad_key, gradient_type(params), shape, batch, kv_head);
     grad_value.store(params.grad_value, gradient_type(params), shape, batch, kv_head);

@@ -1,6 +1,5 @@
 #include "attention_call.h"
 
-#include <algorithm>
 #include <cmath>
 
 #include "../tensor_params.h"
@@ -32,9 +31,7 @@ ScoreTransform score_transform(const AttentionArguments& arguments,
   const std::int64_t causal_offset = arguments.causal_offset.guard_int(__FILE__, __LINE__);
   ScoreTransform transform{
       .scale = attention_scale(arguments, geometry.head_dim),
-      // Beyond these two ends nothing changes, and the kernels' sums cannot overflow.
-      .window = {.right = arguments.is_causal ? 0 : kUnbounded,
-                 .offset = std::clamp(causal_offset, -geometry.q_len, geometry.kv_len)}};
+      .window = {.right = arguments.is_causal ? 0 : kUnbounded, .offset = causal_offset}};
   if (arguments.attn_mask != nullptr) {
     AttentionMask& mask = transform.mask;
     mask.dtype = kernel_scalar_type(arguments.attn_mask->scalar_type());
