@@ -54,8 +54,8 @@ bool takes_few_rows(ScalarType dtype, std::int64_t rows, const ConstStridedView&
          value.col_stride == 1;
 }
 
-// Windows of which a block of 64 queries leaves too much unused: at 64 to 256 keys blocks of 32 take
-// 7 to 13% off the backward pass, at 512 nothing.
+// Windows of which a block of 64 queries leaves too much unused: at 64 to 256 keys blocks of 32
+// take 7 to 13% off the backward pass, at 512 nothing.
 bool is_narrow(const KeyWindow& window) {
   constexpr std::int64_t kMost = 256;
   return window.left < kMost && window.right < kMost && window.left + window.right < kMost;

@@ -22,11 +22,10 @@ class Casting {
     return at::autocast::cached_cast(dtype_, tensor, kDevice);
   }
 
-  /// Masks are cast where they are floating. Sinks and slopes keep their precision.
+  /// Masks are cast where they are floating; booleans and seeds stay.
   AttentionTensors operator()(const AttentionArguments& arguments) const {
-    return arguments.map_tensors([this](AttentionTensor position, const at::Tensor& tensor) {
-      return position <= kMask ? (*this)(tensor) : tensor;
-    });
+    return arguments.map_tensors(
+        [this](AttentionTensor /*position*/, const at::Tensor& tensor) { return (*this)(tensor); });
   }
 
  private:
