@@ -14,6 +14,7 @@ from torch_ext.attention import (
     scaled_dot_product_attention,
     self_attention,
 )
+from torch_ext.attention_parts import merge_attention
 from torch_ext.gradient_accumulation import GradientAccumulator
 from torch_ext.parallel_accumulation import parallel_micro_batches
 from torch_ext.sdpa_override import disable, enable, enabled, is_enabled
@@ -28,6 +29,7 @@ __all__ = [
     "enabled",
     "is_enabled",
     "last_attention_path",
+    "merge_attention",
     "parallel_micro_batches",
     "scaled_dot_product_attention",
     "self_attention",

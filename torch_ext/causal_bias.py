@@ -1,8 +1,8 @@
 """torch.nn.attention.bias: causal masks that are a rule, not a tensor.
 
 ``causal_upper_left`` is ``is_causal=True``. ``causal_lower_right`` lets query i attend to the keys
-up to i + kv_len - q_len; torch writes it out as a boolean mask on the CPU, here it is the kernels'
-causal offset.
+up to i + kv_len - q_len; torch writes it out as a boolean mask on the CPU, here it is
+``is_causal=True, causal_lower_right=True``.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ def attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    **options: Any,
 ) -> Tensor:
     """Scaled dot product attention under a causal bias, fused.
 
@@ -65,6 +66,7 @@ def attention(
         attn_mask: ``causal_upper_left(q_len, kv_len)`` or ``causal_lower_right(q_len, kv_len)``
         dropout_p, scale, enable_gqa: as in scaled_dot_product_attention
         is_causal: must be False, as in torch
+        options: further ones of scaled_dot_product_attention, whose diagonal is the bias's
 
     Returns:
         (batch..., heads, q_len, value_dim). A query that the lower-right triangle leaves without
@@ -76,18 +78,16 @@ def attention(
     """
     if is_causal:
         raise ValueError("CausalBias should not be used with causal=True")
-    if not _is_lower_right(attn_mask):
-        return torch.ops.torch_ext.scaled_dot_product_attention(
-            query, key, value, None, dropout_p, True, scale=scale, enable_gqa=enable_gqa
-        )
+    lower_right = _is_lower_right(attn_mask)
     q_len, kv_len = query.size(-2), key.size(-2)
-    if attn_mask.seq_len_q != q_len or attn_mask.seq_len_kv != kv_len:
+    if lower_right and (attn_mask.seq_len_q != q_len or attn_mask.seq_len_kv != kv_len):
         raise ValueError(
             "torch_ext::scaled_dot_product_attention: attn_mask takes a causal_lower_right of "
             f"query's and key's lengths ({q_len}, {kv_len}), got causal_lower_right"
             f"({attn_mask.seq_len_q}, {attn_mask.seq_len_kv})"
         )
-    return torch.ops.torch_ext.attention_with_logsumexp(
+    options["causal_lower_right"] = lower_right or options.get("causal_lower_right", False)
+    return torch.ops.torch_ext.scaled_dot_product_attention(
         query,
         key,
         value,
@@ -96,8 +96,8 @@ def attention(
         True,
         scale=scale,
         enable_gqa=enable_gqa,
-        causal_offset=kv_len - q_len,
-    )[0]
+        **options,
+    )
 
 
 def _is_lower_right(bias: CausalBias) -> bool:

@@ -1,7 +1,8 @@
 """Formulas for torch.utils.flop_counter: what FlopCounterMode counts for torch_ext's operators.
 
 Counted as torch counts its own fused attention: two products forward and five backward, which
-computes the scores once more, of whole matrices, whatever masks leave out. Sums, norms and
+computes the scores once more, of whole matrices, whatever masks leave out. A window counts the
+pairs in it: that is the work there. Sums, norms and
 optimizer steps have no products, and count 0 in torch too.
 """
 
@@ -21,21 +22,56 @@ __all__ = ["install"]
 Shape = Sequence[int]
 
 
-def _forward(rows: int, kv_len: int, head_dim: int, value_dim: int) -> int:
-    """The products with key and with value. rows: queries of all batches and heads."""
-    return 2 * rows * kv_len * (head_dim + value_dim)
+def _pairs(q_len: int, kv_len: int, options: dict[str, Any]) -> int:
+    """Pairs of a query and a key that are computed, of one head."""
+    left, right = options.get("window_size", (-1, -1))
+    if left < 0 and right < 0:
+        return q_len * kv_len
+    offset = options.get("causal_offset", 0)
+    if options.get("causal_lower_right", False):
+        offset += kv_len - q_len
+    if options.get("is_causal", False):
+        right = 0
+    first = offset - left if left >= 0 else None
+    end = offset + right + 1 if right >= 0 else None
+    # Keys below `end`, less those below `first` of them: the window's edges do not cross.
+    behind = q_len * kv_len if end is None else _below(end, q_len, kv_len)
+    return behind - (0 if first is None else _below(first, q_len, kv_len))
 
 
-def _backward(rows: int, kv_len: int, head_dim: int, value_dim: int) -> int:
+def _below(first_end: int, q_len: int, kv_len: int) -> int:
+    """Of queries i = 0, 1, ..., the keys j < first_end + i: the sum of min(max(.., 0), kv_len)."""
+    begin = min(max(0, -first_end), q_len)  # the first query that sees a key
+    full = min(max(begin, kv_len - first_end), q_len)  # the first that sees all
+    rows = full - begin
+    return rows * (first_end + begin) + rows * (rows - 1) // 2 + (q_len - full) * kv_len
+
+
+def _forward(pairs: int, head_dim: int, value_dim: int) -> int:
+    """The products with key and with value. pairs: of all batches and heads."""
+    return 2 * pairs * (head_dim + value_dim)
+
+
+def _backward(pairs: int, head_dim: int, value_dim: int) -> int:
     """Scores, their gradient, and the gradients of value, query and key."""
-    return 2 * rows * kv_len * (3 * head_dim + 2 * value_dim)
+    return 2 * pairs * (3 * head_dim + 2 * value_dim)
 
 
 def attention_forward(
-    query: Shape, key: Shape, value: Shape, *_: Any, out_shape: Any, **__: Any
+    query: Shape,
+    key: Shape,
+    value: Shape,
+    attn_mask: Shape | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    out_shape: Any,
+    **options: Any,
 ) -> int:
     """query: (..., q_len, head_dim), key: (..., kv_len, head_dim), value: (..., value_dim)."""
-    return _forward(prod(out_shape[1]), key[-2], query[-1], value[-1])
+    heads = prod(out_shape[1][:-1])
+    pairs = heads * _pairs(query[-2], key[-2], {"is_causal": is_causal, **options})
+    return _forward(pairs, query[-1], value[-1])
 
 
 def attention_backward(
@@ -46,17 +82,32 @@ def attention_backward(
     value: Shape,
     out: Shape,
     logsumexp: Shape,
+    attn_mask: Shape | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
     *_: Any,
-    **__: Any,
+    **options: Any,
 ) -> int:
     """logsumexp: (batch..., heads, q_len)"""
-    return _backward(prod(logsumexp), key[-2], query[-1], value[-1])
+    pairs = prod(logsumexp[:-1]) * _pairs(query[-2], key[-2], {"is_causal": is_causal, **options})
+    return _backward(pairs, query[-1], value[-1])
 
 
-def packed_attention_forward(qkv: Shape, num_heads: int, *_: Any, out_shape: Any, **__: Any) -> int:
+def packed_attention_forward(
+    qkv: Shape,
+    num_heads: int,
+    attn_mask: Shape | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    out_shape: Any,
+    **options: Any,
+) -> int:
     """qkv: (batch, seq, 3 * embed)"""
     head_dim = qkv[-1] // 3 // num_heads
-    return _forward(prod(out_shape[1]), qkv[-2], head_dim, head_dim)
+    heads = prod(out_shape[1][:-1])
+    pairs = heads * _pairs(qkv[-2], qkv[-2], {"is_causal": is_causal, **options})
+    return _forward(pairs, head_dim, head_dim)
 
 
 def packed_attention_backward(
@@ -66,12 +117,16 @@ def packed_attention_backward(
     num_heads: int,
     out: Shape,
     logsumexp: Shape,
+    attn_mask: Shape | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
     *_: Any,
-    **__: Any,
+    **options: Any,
 ) -> int:
     """logsumexp: (batch, heads, seq)"""
     head_dim = qkv[-1] // 3 // num_heads
-    return _backward(prod(logsumexp), qkv[-2], head_dim, head_dim)
+    pairs = prod(logsumexp[:-1]) * _pairs(qkv[-2], qkv[-2], {"is_causal": is_causal, **options})
+    return _backward(pairs, head_dim, head_dim)
 
 
 def linear_wgrad(

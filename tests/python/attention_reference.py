@@ -35,6 +35,12 @@ def attention(
     dropout_p: float = 0.0,
     keep: Tensor | None = None,
     rounding: torch.dtype | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+    causal_lower_right: bool = False,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """(out, logsumexp), float64, differentiable in everything floating.
 
@@ -47,8 +53,11 @@ def attention(
         key_padding_mask: broadcastable to (batch..., kv_len), True = ignore
         keep: the weights that dropout keeps, (batch..., heads, q_len, kv_len)
         rounding: round where a fused kernel of this dtype does, see _RoundedAttention
+        window_size, softcap, alibi_slopes, sink, causal_lower_right: as in
+            torch_ext.scaled_dot_product_attention
+        dtype: the precision of every step
     """
-    query, key, value = query.double(), key.double(), value.double()
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if enable_gqa:
         key = key.repeat_interleave(query.size(-3) // key.size(-3), -3)
         value = value.repeat_interleave(query.size(-3) // value.size(-3), -3)
@@ -56,19 +65,32 @@ def attention(
         scale = 1.0 / math.sqrt(query.size(-1)) if query.size(-1) else 1.0
 
     scores = scale * (query @ key.transpose(-2, -1))
+    if softcap > 0:
+        scores = softcap * (scores / softcap).tanh()
     excluded = torch.zeros((), dtype=torch.bool)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         excluded = excluded | ~attn_mask
     elif attn_mask is not None:
-        scores = scores + attn_mask.double()
+        scores = scores + attn_mask.to(dtype)
+    offset = causal_offset + (key.size(-2) - query.size(-2) if causal_lower_right else 0)
+    distance = torch.arange(key.size(-2)) - torch.arange(query.size(-2))[:, None] - offset
+    if alibi_slopes is not None:
+        bias = alibi_slopes[..., None, None].to(dtype) * distance.abs()
+        scores = scores - (bias if query.dim() >= 3 else bias.squeeze(0))
+    left, right = window_size
     if is_causal:
-        rows = torch.arange(query.size(-2))[:, None]
-        columns = torch.arange(key.size(-2))
-        excluded = excluded | (columns > rows + causal_offset)
+        right = 0
+    if left >= 0:
+        excluded = excluded | (distance < -left)
+    if right >= 0:
+        excluded = excluded | (distance > right)
     if key_padding_mask is not None:
         padding = key_padding_mask[..., None, :]
         excluded = excluded | (padding[..., None, :, :] if query.dim() >= 3 else padding)
     scores = scores.masked_fill(excluded, -math.inf)
+    if sink is not None:
+        column = sink.to(dtype)[:, None, None] if query.dim() >= 3 else sink.to(dtype)[:, None]
+        scores = torch.cat([scores, column.expand(*scores.shape[:-1], 1)], dim=-1)
 
     # A row that attends to nothing has weights 0, not 0 / 0, and no gradient.
     maximum = scores.detach().amax(-1, keepdim=True) if scores.size(-1) else scores.new_zeros(())
@@ -78,6 +100,8 @@ def attention(
     empty = total == 0
     total = total.masked_fill(empty, 1.0)
     weights = exponentials / total
+    if sink is not None:
+        weights = weights[..., :-1]
     logsumexp = (total.log() + maximum).masked_fill(empty, -math.inf).squeeze(-1)
     if keep is not None:
         weights = weights * keep * dropout_factor(dropout_p)

@@ -73,8 +73,8 @@ def test_opcheck_backward(name: str) -> None:
     grad_logsumexp = torch.randn_like(logsumexp).requires_grad_(requires_grad)
     additive = len(args) > 3 and args[3] is not None and args[3].is_floating_point()
     for output_mask, second in (
-        ([True, True, True, additive], grad_logsumexp),
-        ([True, False, True, False], None),
+        ([True, True, True, additive, False], grad_logsumexp),
+        ([True, False, True, False, False], None),
     ):
         torch.library.opcheck(
             OPS.attention_backward.default,
@@ -133,7 +133,7 @@ def test_opcheck_packed(dropout_p: float, name: str) -> None:
     torch.library.opcheck(
         OPS.packed_attention_backward.default,
         (torch.randn_like(out), None, qkv, 3, out, logsumexp, mask, dropout_p, is_causal),
-        {**options, "output_mask": [True, additive]},
+        {**options, "output_mask": [True, additive, False]},
     )
 
 
@@ -185,7 +185,7 @@ def test_metadata(kind: str, dtype: torch.dtype) -> None:
             *forward,
             inputs[3],
             **case.options,
-            output_mask=[True, True, True, inputs[3] is not None],
+            output_mask=[True, True, True, inputs[3] is not None, False],
         )
         return forward, sdpa, backward
 
@@ -321,15 +321,19 @@ def test_autocast_self_attention() -> None:
 
 def test_schemas() -> None:
     """The surface that others build on."""
+    scores = (
+        "SymInt[2] window_size=[-1, -1], float softcap=0., Tensor? alibi_slopes=None, "
+        "Tensor? sink=None, bool causal_lower_right=False) -> Tensor"
+    )
     assert str(OPS.scaled_dot_product_attention.default._schema) == (
         "torch_ext::scaled_dot_product_attention(Tensor query, Tensor key, Tensor value, "
         "Tensor? attn_mask=None, float dropout_p=0., bool is_causal=False, *, float? scale=None, "
-        "bool enable_gqa=False) -> Tensor"
+        "bool enable_gqa=False, " + scores
     )
     assert str(OPS.self_attention.default._schema) == (
         "torch_ext::self_attention(Tensor input, Tensor in_proj_weight, Tensor? in_proj_bias, "
         "Tensor out_proj_weight, Tensor? out_proj_bias, int num_heads, Tensor? attn_mask=None, "
-        "float dropout_p=0., bool is_causal=False, *, Tensor? key_padding_mask=None) -> Tensor"
+        "float dropout_p=0., bool is_causal=False, *, Tensor? key_padding_mask=None, " + scores
     )
     for name in (
         "scaled_dot_product_attention",

@@ -247,27 +247,24 @@ def test_encoder_decoders(kind):
         assert_no_further(found["torch_ext"], found[stock], exact)
 
 
-def test_soft_capping_is_refused_as_by_sdpa_and_works_without():
+@pytest.mark.parametrize("softcap", [None, 0.5, 50.0])
+def test_soft_capping(softcap):
     sizes = {
         "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "head_dim": 16,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
         "sliding_window": 5, "pad_token_id": 0,
     }  # fmt: skip
-    capped = transformers.AutoModelForCausalLM.from_config(
-        transformers.Gemma2Config(**sizes), attn_implementation="torch_ext"
-    )
-    with pytest.raises(ValueError, match="takes no `softcap`, got one from Gemma2Attention"):
-        capped(tokens())
     found = {}
     labelled = padding("left").bool()
     inputs = {"input_ids": tokens(), "attention_mask": padding("left")}
     for implementation in ("torch_ext", "eager"):
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(
-            transformers.Gemma2Config(**sizes, attn_logit_softcapping=None),
+            transformers.Gemma2Config(**sizes, attn_logit_softcapping=softcap),
             attn_implementation=implementation,
         )
         found[implementation] = logits_and_gradients(model, labelled, **inputs)
+        assert ran_fused() or implementation != "torch_ext"
     exact = logits_and_gradients(model, labelled, exact=True, **inputs)  # eager's
     assert_no_further(found["torch_ext"], found["eager"], exact)
 

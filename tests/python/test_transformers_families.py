@@ -15,7 +15,7 @@ torch_ext_hf.register()
 
 DECODERS = (
     "cohere2", "deepseek_v3", "deepseek_v32", "deepseek_v4", "falcon", "flint", "gemma",
-    "gemma3_text", "glm4", "glm_moe_dsa", "gpt2", "gpt_neox", "gpt_oss", "granite",
+    "gemma2", "gemma3_text", "glm4", "glm_moe_dsa", "gpt2", "gpt_neox", "gpt_oss", "granite",
     "granite_swa", "hy_v4", "inkling2_text", "llama", "minimax_m3_vl_text", "mistral",
     "olmo2", "opt", "phi", "qwen2", "qwen3", "starcoder2",
 )  # fmt: skip
@@ -24,7 +24,7 @@ ENCODER_DECODERS = ("bart", "t5", "whisper")
 VISION = ("clip", "data2vec-vision", "dinov2", "sam_vision_model", "vit")
 MULTIMODAL = ("llava", "paligemma")
 REFUSED = {
-    "bloom": "does not support", "gemma2": "`softcap`", "led": "does not support",
+    "bloom": "does not support", "led": "does not support",
     "mpnet": "does not support", "mpt": "does not support", "roformer": "does not support",
     "tapas": "does not support", "xglm": "does not support",
 }  # fmt: skip

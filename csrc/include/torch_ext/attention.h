@@ -12,6 +12,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <tuple>
@@ -40,29 +41,49 @@ at::Tensor scaled_dot_product_attention(const at::Tensor& query, const at::Tenso
                                         std::optional<double> scale = std::nullopt,
                                         bool enable_gqa = false);
 
-/// What attention_forward() takes beside query, key and value. Fields mean what the arguments of
+/// What the functions below take beside their tensors. Fields mean what the arguments of
 /// scaled_dot_product_attention() do.
-struct AttentionForwardOptions {
+struct AttentionOptions {
   std::optional<at::Tensor> attn_mask = std::nullopt;
   double dropout_p = 0.0;
   bool is_causal = false;
   std::optional<double> scale = std::nullopt;
   bool enable_gqa = false;
   /// With is_causal, query i attends to keys j <= i + causal_offset: kv_len - q_len aligns the
-  /// lower right corners.
+  /// lower right corners. Moves the windows' and ALiBi's diagonal too.
   std::int64_t causal_offset = 0;
   /// Bool, broadcastable to (batch..., kv_len): true = ignore that key. Goes with any other mask.
   std::optional<at::Tensor> key_padding_mask = std::nullopt;
   /// int64, one element. The same seed drops the same weights. Drawn from the default generator
   /// where dropout_p > 0 and none is given.
   std::optional<at::Tensor> dropout_seed = std::nullopt;
+  /// (left, right): query i attends to keys i - left <= j <= i + right; -1: no bound. is_causal
+  /// bounds the right side by 0. Goes with any mask.
+  std::array<std::int64_t, 2> window_size{-1, -1};
+  /// > 0: scaled scores s become softcap * tanh(s / softcap), before masks are added.
+  double softcap = 0.0;
+  /// float32, (heads) or (batch..., heads): -slope * |i - j| is added to the scores. Has no
+  /// gradient.
+  std::optional<at::Tensor> alibi_slopes = std::nullopt;
+  /// (heads), of any floating type: one more score of each row, without a value. Differentiable;
+  /// logsumexp includes it.
+  std::optional<at::Tensor> sink = std::nullopt;
+  /// The diagonal of is_causal, window_size and alibi_slopes ends in the lower right corner: i
+  /// stands for i + kv_len - q_len.
+  bool causal_lower_right = false;
 };
+
+using AttentionForwardOptions = AttentionOptions;
+
+/// scaled_dot_product_attention() with all options.
+at::Tensor scaled_dot_product_attention(const at::Tensor& query, const at::Tensor& key,
+                                        const at::Tensor& value, const AttentionOptions& options);
 
 /// (out, logsumexp): logsumexp (batch..., heads, q_len) of each query's masked scores, float32 or
 /// float64; -inf where it attends to nothing. Both are differentiable.
 std::tuple<at::Tensor, at::Tensor> attention_forward(const at::Tensor& query, const at::Tensor& key,
                                                      const at::Tensor& value,
-                                                     const AttentionForwardOptions& options = {});
+                                                     const AttentionOptions& options = {});
 
 /// A whole multi-head self-attention layer, with the parameters of nn.MultiheadAttention. Nothing
 /// is transposed, copied or concatenated between its two projections, forward and backward.
@@ -84,6 +105,13 @@ at::Tensor self_attention(const at::Tensor& input, const at::Tensor& in_proj_wei
                           const std::optional<at::Tensor>& attn_mask = std::nullopt,
                           double dropout_p = 0.0, bool is_causal = false,
                           const std::optional<at::Tensor>& key_padding_mask = std::nullopt);
+
+/// The layer with all options that it has: scale, enable_gqa, causal_offset and dropout_seed throw.
+at::Tensor self_attention(const at::Tensor& input, const at::Tensor& in_proj_weight,
+                          const std::optional<at::Tensor>& in_proj_bias,
+                          const at::Tensor& out_proj_weight,
+                          const std::optional<at::Tensor>& out_proj_bias, std::int64_t num_heads,
+                          const AttentionOptions& options);
 
 /// Where the newest attention call of the process went, forward or backward: a kernel such as
 /// "cpu.avx2.tile" or "cpu.avx2.decode"; "cpu.empty" where there was nothing to compute;

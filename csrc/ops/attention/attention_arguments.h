@@ -21,9 +21,18 @@
 namespace torch_ext {
 
 /// The tensors of a call by position. The first kGradientCount have gradients.
-enum AttentionTensor : std::size_t { kQuery, kKey, kValue, kMask, kPadding, kSeed };
-constexpr std::size_t kGradientCount = kMask + 1;
-constexpr std::size_t kTensorCount = kSeed + 1;
+enum AttentionTensor : std::size_t {
+  kQuery,
+  kKey,
+  kValue,
+  kMask,
+  kSink,
+  kPadding,
+  kSeed,
+  kAlibi,
+};
+constexpr std::size_t kGradientCount = kSink + 1;
+constexpr std::size_t kTensorCount = kAlibi + 1;
 
 using AttentionTensors = std::array<at::Tensor, kTensorCount>;  // undefined: not given
 using GradientSet = std::array<bool, kGradientCount>;
@@ -39,29 +48,41 @@ struct AttentionArguments {
   bool is_causal = false;
   std::optional<double> scale = std::nullopt;  // 1 / sqrt(head_dim) by default
   bool enable_gqa = false;
-  c10::SymInt causal_offset = 0;                 // with is_causal: keys j <= i + causal_offset
+  c10::SymInt causal_offset = 0;                 // of the diagonal: diagonal_offset()
   const at::Tensor* key_padding_mask = nullptr;  // broadcastable to (batch..., kv_len)
   const at::Tensor* dropout_seed = nullptr;      // int64, one element; where dropout_p > 0
   bool contiguous =
       false;  // memory as torch leaves it without its flash kernel: attention_layout.h
+  // Query i attends to keys i + offset - window_left <= j <= i + offset + window_right; -1 does not
+  // bound; is_causal bounds the right side by 0.
+  c10::SymInt window_left = -1;
+  c10::SymInt window_right = -1;
+  double softcap = 0.0;                      // s = softcap * tanh(s / softcap) where > 0
+  const at::Tensor* alibi_slopes = nullptr;  // float, broadcastable to (batch..., query_heads)
+  const at::Tensor* sink = nullptr;          // (query_heads), of any floating type
+  bool causal_lower_right = false;           // the diagonal ends in the lower right corner
+
+  /// Query i stands on the diagonal with key i + offset.
+  template <typename Int>
+  Int diagonal_offset(const Int& own_offset, const Int& q_len, const Int& kv_len) const {
+    return causal_lower_right ? own_offset + kv_len - q_len : own_offset;
+  }
 
   std::array<const at::Tensor*, kTensorCount> tensors() const {
-    return {query, key, value, attn_mask, key_padding_mask, dropout_seed};
+    return {query, key, value, attn_mask, sink, key_padding_mask, dropout_seed, alibi_slopes};
   }
 
   std::array<const at::Tensor*, kGradientCount> differentiable() const {
-    return {query, key, value, attn_mask};
+    return {query, key, value, attn_mask, sink};
   }
 
   /// The same options over other tensors, kTensorCount of them, which have to outlive the result.
   AttentionArguments with_tensors(c10::ArrayRef<at::Tensor> tensors) const {
     AttentionArguments result = *this;
-    const std::array<const at::Tensor**, kTensorCount> members{&result.query,
-                                                               &result.key,
-                                                               &result.value,
-                                                               &result.attn_mask,
-                                                               &result.key_padding_mask,
-                                                               &result.dropout_seed};
+    const std::array<const at::Tensor**, kTensorCount> members{
+        &result.query,        &result.key,         &result.value,
+        &result.attn_mask,    &result.sink,        &result.key_padding_mask,
+        &result.dropout_seed, &result.alibi_slopes};
     for (std::size_t position = 0; position < kTensorCount; ++position) {
       *members[position] = given(tensors[position]);
     }
@@ -80,16 +101,20 @@ struct AttentionArguments {
     return result;
   }
 
-  /// visit(name, member) for each option that is no tensor. Arguments: AttentionArguments, const or
-  /// not.
-  template <typename Arguments, typename Visit>
-  static void visit_options(Arguments& arguments, const Visit& visit) {
-    visit("dropout_p", arguments.dropout_p);
-    visit("is_causal", arguments.is_causal);
-    visit("scale", arguments.scale);
-    visit("enable_gqa", arguments.enable_gqa);
-    visit("causal_offset", arguments.causal_offset);
-    visit("contiguous", arguments.contiguous);
+  /// visit(name, member of a, member of b) for each option that is no tensor. A, B:
+  /// AttentionArguments, const or not.
+  template <typename A, typename B, typename Visit>
+  static void visit_options(A& a, B& b, const Visit& visit) {
+    visit("dropout_p", a.dropout_p, b.dropout_p);
+    visit("is_causal", a.is_causal, b.is_causal);
+    visit("scale", a.scale, b.scale);
+    visit("enable_gqa", a.enable_gqa, b.enable_gqa);
+    visit("causal_offset", a.causal_offset, b.causal_offset);
+    visit("contiguous", a.contiguous, b.contiguous);
+    visit("window_left", a.window_left, b.window_left);
+    visit("window_right", a.window_right, b.window_right);
+    visit("softcap", a.softcap, b.softcap);
+    visit("causal_lower_right", a.causal_lower_right, b.causal_lower_right);
   }
 };
 
@@ -119,9 +144,10 @@ struct SelfAttentionParameters {
 };
 
 using ForwardResult = std::tuple<at::Tensor, at::Tensor>;  // out, logsumexp
-// of query, key, value, attn_mask; undefined where not asked for
-using BackwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-using PackedBackwardResult = std::tuple<at::Tensor, at::Tensor>;  // of qkv, attn_mask
+// of query, key, value, attn_mask, sink; undefined where not asked for
+using BackwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+// of qkv, attn_mask, sink
+using PackedBackwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 /// Sizes after broadcasting. Int is std::int64_t, or c10::SymInt while shapes are symbolic.
 template <typename Int>
@@ -139,12 +165,16 @@ struct AttentionGeometry {
 
   std::int64_t batch_dims() const { return rank > 3 ? rank - 3 : 0; }
 
-  /// (batch..., [heads,]) followed by `tail`.
-  Sizes sizes(const Int& heads, std::initializer_list<Int> tail) const {
+  Sizes batch() const {
     Sizes result;
     for (std::int64_t dim = kMaxBatchDims - batch_dims(); dim < kMaxBatchDims; ++dim) {
       result.push_back(batch_sizes[dim]);
     }
+    return result;
+  }
+  /// (batch..., [heads,]) followed by `tail`.
+  Sizes sizes(const Int& heads, std::initializer_list<Int> tail) const {
+    Sizes result = batch();
     if (rank >= 3) result.push_back(heads);
     for (const Int& size : tail) result.push_back(size);
     return result;

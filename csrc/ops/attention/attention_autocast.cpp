@@ -22,10 +22,11 @@ class Casting {
     return at::autocast::cached_cast(dtype_, tensor, kDevice);
   }
 
-  /// Masks are cast where they are floating; booleans and seeds stay.
+  /// Masks are cast where they are floating. Sinks and slopes keep their precision.
   AttentionTensors operator()(const AttentionArguments& arguments) const {
-    return arguments.map_tensors(
-        [this](AttentionTensor /*position*/, const at::Tensor& tensor) { return (*this)(tensor); });
+    return arguments.map_tensors([this](AttentionTensor position, const at::Tensor& tensor) {
+      return position <= kMask ? (*this)(tensor) : tensor;
+    });
   }
 
  private:

@@ -42,18 +42,39 @@ torch::autograd::variable_list SparseTensorList::expand(
   return result;
 }
 
+namespace {
+
+template <typename Option>
+bool is_same(const Option& a, const Option& b) {
+  return a == b;
+}
+
+/// Of known sizes alone: a comparison of symbols would become a guard.
+bool is_same(const c10::SymInt& a, const c10::SymInt& b) {
+  return !a.is_symbolic() && !b.is_symbolic() && a.maybe_as_int() == b.maybe_as_int();
+}
+
+}  // namespace
+
+// Each entry costs a hash of its name both ways: a call is saved by how it differs from the plain
+// one.
 void save_options(torch::autograd::AutogradContext& context, const AttentionArguments& arguments) {
-  AttentionArguments::visit_options(arguments, [&context](const char* name, const auto& option) {
-    context.saved_data[name] = option;
-  });
+  static const AttentionArguments plain;
+  AttentionArguments::visit_options(
+      arguments, plain,
+      [&context](const char* name, const auto& option, const auto& default_value) {
+        if (!is_same(option, default_value)) context.saved_data[name] = option;
+      });
 }
 
 AttentionArguments load_options(const torch::autograd::AutogradContext& context) {
   AttentionArguments arguments;
-  AttentionArguments::visit_options(arguments, [&context](const char* name, auto& option) {
-    using Option = std::remove_reference_t<decltype(option)>;
-    option = context.saved_data.at(name).template to<Option>();
-  });
+  AttentionArguments::visit_options(
+      arguments, arguments, [&context](const char* name, auto& option, const auto& /*same*/) {
+        using Option = std::remove_reference_t<decltype(option)>;
+        const auto saved = context.saved_data.find(name);
+        if (saved != context.saved_data.end()) option = saved->second.template to<Option>();
+      });
   return arguments;
 }
 

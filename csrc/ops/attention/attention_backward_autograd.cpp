@@ -73,7 +73,7 @@ struct AttentionBackwardFunction : public torch::autograd::Function<AttentionBac
                                const OptionalTensor& /*grad_logsumexp*/,
                                const at::Tensor& /*query*/, const at::Tensor& /*key*/,
                                const at::Tensor& /*value*/, const OptionalTensor& /*attn_mask*/,
-                               const AttentionArguments& arguments,
+                               const OptionalTensor& /*sink*/, const AttentionArguments& arguments,
                                const AttentionGradients& gradients) {
     const variable_list all = gradient_list(backward_below_autograd(arguments, gradients));
     const SparseTensorList saved = saved_inputs(arguments, gradients);
@@ -113,7 +113,7 @@ BackwardResult collect(const variable_list& outputs, const GradientSet& output_m
   for (std::size_t output = 0; output < kGradientCount; ++output) {
     if (output_mask[output]) all[output] = *next++;
   }
-  return {all[kQuery], all[kKey], all[kValue], all[kMask]};
+  return {all[kQuery], all[kKey], all[kValue], all[kMask], all[kSink]};
 }
 
 BackwardResult functorch_backward(const AttentionArguments& arguments,
@@ -151,11 +151,11 @@ struct AutogradAttentionBackward {
       return backward_below_autograd(arguments, gradients);
     }
     if (in_functorch_transform()) return functorch_backward(arguments, gradients);
-    return collect(
-        AttentionBackwardFunction::apply(*gradients.grad_out, optional(gradients.grad_logsumexp),
-                                         *arguments.query, *arguments.key, *arguments.value,
-                                         optional(arguments.attn_mask), arguments, gradients),
-        gradients.output_mask);
+    return collect(AttentionBackwardFunction::apply(
+                       *gradients.grad_out, optional(gradients.grad_logsumexp), *arguments.query,
+                       *arguments.key, *arguments.value, optional(arguments.attn_mask),
+                       optional(arguments.sink), arguments, gradients),
+                   gradients.output_mask);
   }
 };
 

@@ -24,9 +24,7 @@ void run_attention_backward_cpu(const AttentionArguments& arguments,
                                 const AttentionGeometry<std::int64_t>& geometry,
                                 const AttentionGradientOutputs& outputs) {
   if (has_no_scores(geometry)) {
-    for (const at::Tensor* grad : {&outputs.query, &outputs.key, &outputs.value, &outputs.mask}) {
-      if (grad->defined()) grad->zero_();
-    }
+    write_no_score_gradients(gradients, geometry, outputs);
     return record_attention_path("cpu.empty");
   }
   // The kernels read these two as the forward pass writes them: contiguous.
@@ -39,6 +37,7 @@ void run_attention_backward_cpu(const AttentionArguments& arguments,
   const auto grad_out = gradients.grad_out->scalar_type() == type
                             ? c10::MaybeOwned<at::Tensor>::borrowed(*gradients.grad_out)
                             : c10::MaybeOwned<at::Tensor>::owned(gradients.grad_out->to(type));
+  const at::Tensor sink = kernel_sink(arguments);
   const AttentionBackwardParams params{
       .dtype = kernel_scalar_type(arguments.query->scalar_type()),
       .shape = attention_shape(geometry),
@@ -55,7 +54,8 @@ void run_attention_backward_cpu(const AttentionArguments& arguments,
       .grad_key = wanted_view(outputs.key),
       .grad_value = wanted_view(outputs.value),
       .grad_mask = wanted_view(outputs.mask),
-      .transform = score_transform(arguments, geometry),
+      .grad_sink = outputs.sink.defined() ? outputs.sink.mutable_data_ptr() : nullptr,
+      .transform = score_transform(arguments, geometry, sink),
       .dropout = attention_dropout(arguments)};
   const KernelTable& table = kernel_table();
   const AtenTaskRunner runner(2 * attention_workers(geometry));

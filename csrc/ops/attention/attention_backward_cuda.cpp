@@ -33,11 +33,10 @@ void run_attention_backward_cuda(const AttentionArguments& arguments,
                                  const AttentionGradients& gradients,
                                  const AttentionGeometry<std::int64_t>& geometry,
                                  const AttentionGradientOutputs& outputs) {
+  check_cuda_options(arguments);
   const c10::cuda::CUDAGuard guard(arguments.query->device());
   if (has_no_scores(geometry)) {
-    for (const at::Tensor* grad : {&outputs.query, &outputs.key, &outputs.value, &outputs.mask}) {
-      if (grad->defined()) grad->zero_();
-    }
+    write_no_score_gradients(gradients, geometry, outputs);
     return record_attention_path("cuda.empty");
   }
   // The kernels read these two as the forward pass writes them: contiguous.
@@ -53,24 +52,26 @@ void run_attention_backward_cuda(const AttentionArguments& arguments,
   const at::Tensor out = with_unit_columns(*gradients.out, allow_tf32);
   const at::Tensor grad_out =
       with_unit_columns(gradients.grad_out->to(query.scalar_type()), allow_tf32);
-  const AttentionBackwardParams params{.dtype = kernel_scalar_type(query.scalar_type()),
-                                       .shape = attention_shape(geometry),
-                                       .query = strided_view(query),
-                                       .key = strided_view(key),
-                                       .value = strided_view(value),
-                                       .out = strided_view(out),
-                                       .grad_out = strided_view(grad_out),
-                                       .logsumexp = logsumexp->const_data_ptr(),
-                                       .grad_logsumexp = gradients.grad_logsumexp == nullptr
-                                                             ? nullptr
-                                                             : grad_logsumexp.const_data_ptr(),
-                                       .unrounded_grads = outputs.unrounded(query.scalar_type()),
-                                       .grad_query = wanted_view(outputs.query),
-                                       .grad_key = wanted_view(outputs.key),
-                                       .grad_value = wanted_view(outputs.value),
-                                       .grad_mask = wanted_view(outputs.mask),
-                                       .transform = score_transform(arguments, geometry),
-                                       .dropout = attention_dropout(arguments)};
+  const at::Tensor sink = kernel_sink(arguments);
+  const AttentionBackwardParams params{
+      .dtype = kernel_scalar_type(query.scalar_type()),
+      .shape = attention_shape(geometry),
+      .query = strided_view(query),
+      .key = strided_view(key),
+      .value = strided_view(value),
+      .out = strided_view(out),
+      .grad_out = strided_view(grad_out),
+      .logsumexp = logsumexp->const_data_ptr(),
+      .grad_logsumexp =
+          gradients.grad_logsumexp == nullptr ? nullptr : grad_logsumexp.const_data_ptr(),
+      .unrounded_grads = outputs.unrounded(query.scalar_type()),
+      .grad_query = wanted_view(outputs.query),
+      .grad_key = wanted_view(outputs.key),
+      .grad_value = wanted_view(outputs.value),
+      .grad_mask = wanted_view(outputs.mask),
+      .grad_sink = outputs.sink.defined() ? outputs.sink.mutable_data_ptr() : nullptr,
+      .transform = score_transform(arguments, geometry, sink),
+      .dropout = attention_dropout(arguments)};
   const cuda::CudaBackwardSchedule schedule = cuda::schedule_backward(
       params, {.deterministic = at::globalContext().deterministicAlgorithms(),
                .shared_limit = shared_memory_limit(query.device().index()),

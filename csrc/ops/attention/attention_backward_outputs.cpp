@@ -1,6 +1,7 @@
 #include "attention_backward_outputs.h"
 
 #include <ATen/ExpandUtils.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
 #include "attention_layout.h"
@@ -17,6 +18,14 @@ bool same_sizes(c10::ArrayRef<Int> a, c10::ArrayRef<Int> b) {
     if (is_one(a[dim]) != is_one(b[dim])) return false;
   }
   return true;
+}
+
+at::Tensor empty_of(std::initializer_list<std::int64_t> sizes, const at::TensorOptions& options) {
+  return at::empty(sizes, options);
+}
+
+at::Tensor empty_of(std::initializer_list<c10::SymInt> sizes, const at::TensorOptions& options) {
+  return at::empty_symint(sizes, options);
 }
 
 at::Tensor reduced(const at::Tensor& grad, const at::Tensor& input) {
@@ -58,6 +67,12 @@ AttentionGradientOutputs attention_gradient_outputs(const AttentionArguments& ar
         at::empty_like(mask, mask.options().dtype(accumulate_type(arguments.query->scalar_type())),
                        at::MemoryFormat::Contiguous);
   }
+  if (output_mask[kSink]) {
+    Int batch = 1;
+    for (const Int& size : geometry.batch_sizes) batch = batch * size;
+    outputs.sink = empty_of({batch, geometry.query_heads},
+                            query.options().dtype(accumulate_type(query.scalar_type())));
+  }
   return outputs;
 }
 
@@ -72,10 +87,17 @@ at::Tensor mask_gradient(const AttentionArguments& arguments,
   return outputs.mask.to(arguments.attn_mask->scalar_type());
 }
 
+at::Tensor sink_gradient(const AttentionArguments& arguments,
+                         const AttentionGradientOutputs& outputs) {
+  if (!outputs.sink.defined()) return outputs.sink;
+  return outputs.sink.sum(0).to(arguments.sink->scalar_type());
+}
+
 BackwardResult reduced_gradients(const AttentionArguments& arguments,
                                  const AttentionGradientOutputs& outputs) {
   return {reduced(outputs.query, *arguments.query), reduced(outputs.key, *arguments.key),
-          reduced(outputs.value, *arguments.value), mask_gradient(arguments, outputs)};
+          reduced(outputs.value, *arguments.value), mask_gradient(arguments, outputs),
+          sink_gradient(arguments, outputs)};
 }
 
 }  // namespace torch_ext

@@ -8,12 +8,14 @@ namespace torch_ext {
 
 /// Where the kernels write the gradients. Undefined: not wanted. All have the shapes that the
 /// inputs broadcast to, and the accumulating type where one of the three is to be summed over that;
-/// but `mask`, which has the mask's own shape and always the accumulating type.
+/// but `mask`, which has the mask's own shape, and `sink`, which is (batch, query_heads),
+/// contiguous, with all batch dimensions in one: these are always of the accumulating type.
 struct AttentionGradientOutputs {
   at::Tensor query;
   at::Tensor key;
   at::Tensor value;
   at::Tensor mask;
+  at::Tensor sink;
 
   /// The gradients of query, key and value are of the accumulating type, not of `type`.
   bool unrounded(at::ScalarType type) const {
@@ -37,6 +39,10 @@ extern template AttentionGradientOutputs attention_gradient_outputs(
 
 /// outputs.mask in the mask's dtype.
 at::Tensor mask_gradient(const AttentionArguments& arguments,
+                         const AttentionGradientOutputs& outputs);
+
+/// outputs.sink summed over the batch, in the sink's dtype.
+at::Tensor sink_gradient(const AttentionArguments& arguments,
                          const AttentionGradientOutputs& outputs);
 
 /// Sums over what the inputs broadcast, and brings the mask's gradient to its dtype.

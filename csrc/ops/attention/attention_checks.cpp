@@ -1,5 +1,6 @@
 #include "attention_checks.h"
 
+#include <ATen/core/grad_mode.h>
 #include <c10/core/SymBool.h>
 #include <c10/util/Exception.h>
 
@@ -137,14 +138,66 @@ void check_key_padding_mask(const char* op, const AttentionArguments& arguments,
               ": key_padding_mask takes the device of query, ", arguments.query->device(), ", got ",
               mask.device());
   check_readable(op, "key_padding_mask", mask);
-  typename AttentionGeometry<Int>::Sizes target;
-  for (std::int64_t dim = kMaxBatchDims - geometry.batch_dims(); dim < kMaxBatchDims; ++dim) {
-    target.push_back(geometry.batch_sizes[dim]);
-  }
+  auto target = geometry.batch();
   target.push_back(geometry.kv_len);
   TORCH_CHECK((mask.dim() >= 1 && broadcasts_to<Int>(mask, target)), "torch_ext::", op,
               ": key_padding_mask takes a shape that broadcasts to (batch..., kv_len), ",
               c10::ArrayRef<Int>(target), ", got ", mask.sym_sizes());
+}
+
+/// Checks that `tensor` is strided, readable, and on query's device.
+void check_option_tensor(const char* op, const char* name, const at::Tensor& tensor,
+                         const at::Tensor& query) {
+  TORCH_CHECK(!tensor.is_nested() && tensor.layout() == at::kStrided, "torch_ext::", op, ": ", name,
+              " takes a dense tensor; nested and sparse ones are not supported");
+  TORCH_CHECK(tensor.device() == query.device(), "torch_ext::", op, ": ", name,
+              " takes the device of query, ", query.device(), ", got ", tensor.device());
+  check_readable(op, name, tensor);
+}
+
+template <typename Int>
+void check_alibi_slopes(const char* op, const AttentionArguments& arguments,
+                        const AttentionGeometry<Int>& geometry) {
+  const at::Tensor& slopes = *arguments.alibi_slopes;
+  check_option_tensor(op, "alibi_slopes", slopes, *arguments.query);
+  TORCH_CHECK(slopes.scalar_type() == at::kFloat, "torch_ext::", op,
+              ": alibi_slopes takes Float, got ", slopes.scalar_type());
+  TORCH_CHECK(!slopes.requires_grad() || !at::GradMode::is_enabled(), "torch_ext::", op,
+              ": alibi_slopes takes a tensor that does not require grad; slopes have no gradient "
+              "here");
+  auto target = geometry.batch();
+  target.push_back(geometry.query_heads);
+  TORCH_CHECK((slopes.dim() >= 1 && broadcasts_to<Int>(slopes, target)), "torch_ext::", op,
+              ": alibi_slopes takes (heads) or (batch..., heads), ", c10::ArrayRef<Int>(target),
+              ", got ", slopes.sym_sizes());
+}
+
+template <typename Int>
+void check_sink(const char* op, const AttentionArguments& arguments,
+                const AttentionGeometry<Int>& geometry) {
+  const at::Tensor& sink = *arguments.sink;
+  check_option_tensor(op, "sink", sink, *arguments.query);
+  TORCH_CHECK(is_floating(sink.scalar_type()), "torch_ext::", op,
+              ": sink takes Float, Double, BFloat16 or Half, got ", sink.scalar_type());
+  TORCH_CHECK(sink.dim() == 1 && equal(sizes_of<Int>(sink)[0], geometry.query_heads),
+              "torch_ext::", op, ": sink takes one number for each head of query, (",
+              geometry.query_heads, "), got ", sink.sym_sizes());
+}
+
+/// What happens to scores beyond torch's own options.
+template <typename Int>
+void check_scores(const char* op, const AttentionArguments& arguments,
+                  const AttentionGeometry<Int>& geometry) {
+  for (const c10::SymInt* bound : {&arguments.window_left, &arguments.window_right}) {
+    TORCH_CHECK(at_least(*bound, -1), "torch_ext::", op,
+                ": window_size takes (left, right) of numbers of keys, or -1 for no bound, got (",
+                arguments.window_left, ", ", arguments.window_right, ")");
+  }
+  // Written so that NaN fails.
+  TORCH_CHECK(arguments.softcap >= 0.0 && std::isfinite(arguments.softcap), "torch_ext::", op,
+              ": softcap takes 0 (none) or a positive, finite number, got ", arguments.softcap);
+  if (arguments.alibi_slopes != nullptr) check_alibi_slopes(op, arguments, geometry);
+  if (arguments.sink != nullptr) check_sink(op, arguments, geometry);
 }
 
 }  // namespace
@@ -246,6 +299,7 @@ void check_attention_options(const char* op, const AttentionArguments& arguments
   check_dropout_p(op, arguments.dropout_p);
   TORCH_CHECK(!arguments.scale.has_value() || !std::isnan(*arguments.scale), "torch_ext::", op,
               ": scale takes a number, got NaN");
+  check_scores(op, arguments, geometry);
   if (arguments.attn_mask != nullptr) check_mask(op, arguments, geometry);
   if (arguments.key_padding_mask != nullptr) check_key_padding_mask(op, arguments, geometry);
   if (seed == SeedArgument::kRequired && arguments.dropout_p > 0.0) {
@@ -305,6 +359,8 @@ void check_attention_gradients(const char* op, const AttentionArguments& argumen
                   (arguments.attn_mask != nullptr && arguments.attn_mask->is_floating_point()),
               "torch_ext::", op,
               ": output_mask takes True for attn_mask only where it is an additive mask");
+  TORCH_CHECK(!gradients.output_mask[kSink] || arguments.sink != nullptr, "torch_ext::", op,
+              ": output_mask takes True for sink only where there is one");
 }
 
 template AttentionGeometry<std::int64_t> check_attention(const char*, const AttentionArguments&,

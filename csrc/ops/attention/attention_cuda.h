@@ -6,6 +6,9 @@
 
 namespace torch_ext {
 
+/// Refuses the options that the CUDA kernels do not know yet.
+void check_cuda_options(const AttentionArguments& arguments);
+
 /// Computes into `out`, which has any strides. `logsumexp` is contiguous, or null: not wanted.
 void run_attention_forward_cuda(const AttentionArguments& arguments,
                                 const AttentionGeometry<std::int64_t>& geometry,

@@ -97,7 +97,7 @@ struct DeviceAttention {
     if (gradients.output_mask != GradientSet{}) {
       kRunBackward(arguments, of_heads, geometry, outputs);
     }
-    return {grad_qkv, mask_gradient(arguments, outputs)};
+    return {grad_qkv, mask_gradient(arguments, outputs), sink_gradient(arguments, outputs)};
   }
 
  private:

@@ -76,7 +76,7 @@ struct AttentionFunction : public torch::autograd::Function<AttentionFunction> {
   // `arguments`. `checked`: their geometry, and null where they have yet to be checked.
   static variable_list forward(AutogradContext* context, const at::Tensor& /*query*/,
                                const at::Tensor& /*key*/, const at::Tensor& /*value*/,
-                               const OptionalTensor& /*attn_mask*/,
+                               const OptionalTensor& /*attn_mask*/, const OptionalTensor& /*sink*/,
                                const AttentionArguments& arguments,
                                const AttentionGeometry<std::int64_t>* checked) {
     ForwardResult result;
@@ -125,9 +125,9 @@ struct AttentionFunction : public torch::autograd::Function<AttentionFunction> {
 
 ForwardResult apply_attention_function(const AttentionArguments& arguments,
                                        const AttentionGeometry<std::int64_t>* checked) {
-  const variable_list outputs =
-      AttentionFunction::apply(*arguments.query, *arguments.key, *arguments.value,
-                               optional(arguments.attn_mask), arguments, checked);
+  const variable_list outputs = AttentionFunction::apply(
+      *arguments.query, *arguments.key, *arguments.value, optional(arguments.attn_mask),
+      optional(arguments.sink), arguments, checked);
   return {outputs[0], outputs[1]};
 }
 

@@ -2,8 +2,6 @@
 #include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
-#include <limits>
-
 #include "../../kernels/cpu/kernel_table.h"
 #include "../task_runner_aten.h"
 #include "attention_call.h"
@@ -27,11 +25,11 @@ void run_attention_forward_cpu(const AttentionArguments& arguments,
                                const AttentionGeometry<std::int64_t>& geometry,
                                const at::Tensor& out, const at::Tensor* logsumexp) {
   if (has_no_scores(geometry)) {
-    out.zero_();
-    if (logsumexp != nullptr) logsumexp->fill_(-std::numeric_limits<double>::infinity());
+    write_no_scores(arguments, out, logsumexp);
     return record_attention_path("cpu.empty");
   }
-  const AttentionForwardParams params = forward_params(arguments, geometry, out, logsumexp);
+  const at::Tensor sink = kernel_sink(arguments);
+  const AttentionForwardParams params = forward_params(arguments, geometry, sink, out, logsumexp);
   const KernelTable& table = kernel_table();
   const AtenTaskRunner runner(attention_workers(geometry));
   const std::size_t bytes = table.attention_forward_workspace(params, runner.num_workers());

@@ -5,8 +5,6 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include <limits>
-
 #include "../../kernels/cuda/attention_kernels.h"
 #include "../cuda_float32_precision.h"
 #include "attention_call.h"
@@ -15,6 +13,17 @@
 #include "attention_signature.h"
 
 namespace torch_ext {
+
+void check_cuda_options(const AttentionArguments& arguments) {
+  const auto refuse = [](bool given, const char* option) {
+    TORCH_CHECK_NOT_IMPLEMENTED(!given, "torch_ext: ", option,
+                                " is not supported on CUDA yet; it is on the CPU");
+  };
+  refuse(arguments.window_left != -1 || arguments.window_right != -1, "window_size");
+  refuse(arguments.softcap > 0.0, "softcap");
+  refuse(arguments.alibi_slopes != nullptr, "alibi_slopes");
+  refuse(arguments.sink != nullptr, "sink");
+}
 
 at::Tensor with_unit_columns(const at::Tensor& tensor, bool allow_tf32) {
   const at::ScalarType type = tensor.scalar_type();
@@ -26,22 +35,23 @@ at::Tensor with_unit_columns(const at::Tensor& tensor, bool allow_tf32) {
 void run_attention_forward_cuda(const AttentionArguments& arguments,
                                 const AttentionGeometry<std::int64_t>& geometry,
                                 const at::Tensor& out, const at::Tensor* logsumexp) {
+  check_cuda_options(arguments);
   const c10::cuda::CUDAGuard guard(arguments.query->device());
   if (has_no_scores(geometry)) {
-    out.zero_();
-    if (logsumexp != nullptr) logsumexp->fill_(-std::numeric_limits<double>::infinity());
+    write_no_scores(arguments, out, logsumexp);
     return record_attention_path("cuda.empty");
   }
   const bool allow_tf32 = allows_tf32();
   const at::Tensor query = with_unit_columns(*arguments.query, allow_tf32);
   const at::Tensor key = with_unit_columns(*arguments.key, allow_tf32);
   const at::Tensor value = with_unit_columns(*arguments.value, allow_tf32);
+  const at::Tensor sink = kernel_sink(arguments);
   AttentionArguments read = arguments;
   read.query = &query;
   read.key = &key;
   read.value = &value;
   const cuda::CudaForwardSchedule schedule =
-      cuda::schedule_forward(forward_params(read, geometry, out, logsumexp), allow_tf32);
+      cuda::schedule_forward(forward_params(read, geometry, sink, out, logsumexp), allow_tf32);
   const at::DataPtr workspace =
       c10::cuda::CUDACachingAllocator::get()->allocate(schedule.total_bytes);
   const cuda::AttentionLaunch launch = cuda::attention_forward(

@@ -5,11 +5,13 @@
 // attention_dropout_mask do likewise and so meet the same mask. A seed that is not mapped
 // (randomness="same", or one drawn outside) means the same mask for every sample, for which the
 // samples are computed one by one.
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/stack.h>
 #include <c10/core/SymbolicShapeMeta.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "attention_checks.h"
@@ -66,14 +68,42 @@ AttentionTensors folded_tensors(const VmapLevel& level, const AttentionArguments
                                 std::int64_t dims, bool expands) {
   return arguments.map_tensors([&](AttentionTensor position, const at::Tensor& tensor) {
     if (position == kSeed) return level.sample(tensor, 0);
-    if (position == kPadding) return level.fold(tensor, dims - 2);
+    // Neither has the dimensions of queries and keys, or of head_dim.
+    if (position == kPadding || position == kAlibi) return level.fold(tensor, dims - 2);
+    if (position == kSink) return tensor;
     return expands || position == kQuery ? level.fold_expanded(tensor, dims)
                                          : level.fold(tensor, dims);
   });
 }
 
-bool shares_dropout(const VmapLevel& level, const AttentionArguments& arguments) {
-  return arguments.dropout_p > 0.0 && !level.is_mapped(*arguments.dropout_seed);
+/// Whether the samples have to be computed one by one: they share one dropout mask, or have sinks
+/// of their own, of which the kernels know one for each head.
+bool goes_by_samples(const char* op, const VmapLevel& level, const AttentionArguments& arguments) {
+  const bool drops = arguments.dropout_p > 0.0;
+  const bool own_masks = drops && level.is_mapped(*arguments.dropout_seed);
+  const bool own_sinks = arguments.sink != nullptr && level.is_mapped(*arguments.sink);
+  // Sample by sample the masks would be others than attention_dropout_mask() gives.
+  TORCH_CHECK_NOT_IMPLEMENTED(!own_masks || !own_sinks, "torch_ext::", op,
+                              ": sink takes a tensor that vmap does not map where dropout_p > 0 "
+                              "and randomness='different'");
+  return own_sinks || (drops && !own_masks);
+}
+
+/// (samples, heads): each row's weight of the sink times -delta, summed over all but these.
+at::Tensor sink_gradients(const at::Tensor& sink, const AttentionGradients& gradients) {
+  const at::Tensor& logsumexp = *gradients.logsumexp;  // (samples, batch..., heads, q_len)
+  const at::ScalarType type = logsumexp.scalar_type();
+  at::Tensor minus_delta = -(gradients.grad_out->to(type) * gradients.out->to(type)).sum(-1);
+  if (gradients.grad_logsumexp != nullptr) minus_delta = minus_delta + *gradients.grad_logsumexp;
+  const at::Tensor weights = (sink.to(type).unsqueeze(-1) - logsumexp).exp();
+  // A row without keys whose sink is -inf weighs nothing.
+  const at::Tensor terms =
+      (weights.masked_fill(logsumexp.eq(-std::numeric_limits<double>::infinity()), 0.0) *
+       minus_delta)
+          .sum(-1);
+  const at::Tensor grads =
+      terms.dim() == 2 ? terms : terms.flatten(1, -2).sum(1);  // (samples, heads)
+  return grads.to(sink.scalar_type());
 }
 
 struct VmapAttention {
@@ -81,7 +111,7 @@ struct VmapAttention {
     constexpr const char* kOp = "attention_forward";
     const auto geometry = check_attention<c10::SymInt>(kOp, arguments, SeedArgument::kRequired);
     const VmapLevel level(kOp, arguments.tensors());
-    if (shares_dropout(level, arguments)) {
+    if (goes_by_samples(kOp, level, arguments)) {
       const auto outputs = stack_samples<2>(
           level.batch_size().guard_int(__FILE__, __LINE__), [&](std::int64_t index) {
             return with_sample(level, index, arguments, call_attention_forward);
@@ -106,29 +136,35 @@ struct VmapAttention {
         gradients.grad_out, gradients.grad_logsumexp, gradients.out, gradients.logsumexp};
     for (const at::Tensor* tensor : arguments.tensors()) given_tensors.push_back(tensor);
     const VmapLevel level(kOp, given_tensors);
-    if (shares_dropout(level, arguments)) {
+    if (goes_by_samples(kOp, level, arguments)) {
       const auto grads = stack_samples<kGradientCount>(
           level.batch_size().guard_int(__FILE__, __LINE__),
           [&](std::int64_t index) { return sample_backward(level, index, arguments, gradients); });
       return {level.wrap(grads[kQuery]), level.wrap(grads[kKey]), level.wrap(grads[kValue]),
-              level.wrap(grads[kMask])};
+              level.wrap(grads[kMask]), level.wrap(grads[kSink])};
     }
     // All inputs expanded: a gradient for each sample, also of what the samples share.
     const std::int64_t dims = folded_dims(geometry);
     const AttentionTensors tensors = folded_tensors(level, arguments, dims, /*expands=*/true);
     AttentionArguments folded = arguments.with_tensors(tensors);
     folded.contiguous = kContiguous;
-    const auto [grad_query, grad_key, grad_value, grad_mask] = with_gradients(
+    at::Tensor grad_sink;  // one for each sample: the operator would sum them
+    const auto [grad_query, grad_key, grad_value, grad_mask, none] = with_gradients(
         gradients,
         [&](const at::Tensor& tensor, std::int64_t trailing) {
           return level.fold_expanded(tensor, dims - trailing);
         },
-        [&](const AttentionGradients& of_all) { return call_attention_backward(folded, of_all); });
+        [&](AttentionGradients of_all) {
+          if (of_all.output_mask[kSink]) grad_sink = sink_gradients(*folded.sink, of_all);
+          of_all.output_mask[kSink] = false;
+          return call_attention_backward(folded, of_all);
+        });
     const auto wrap = [&level](const at::Tensor& grad, const at::Tensor* input) {
       return grad.defined() ? level.wrap(grad, input->sym_sizes()) : grad;
     };
     return {wrap(grad_query, arguments.query), wrap(grad_key, arguments.key),
-            wrap(grad_value, arguments.value), wrap(grad_mask, arguments.attn_mask)};
+            wrap(grad_value, arguments.value), wrap(grad_mask, arguments.attn_mask),
+            wrap(grad_sink, arguments.sink)};
   }
 
  private:

@@ -167,14 +167,14 @@ PackedBackwardResult DecomposedAttention::packed_backward(const PackedProjection
   AttentionGradients of_heads = gradients;
   of_heads.grad_out = &grad_out;
   of_heads.out = &out;
-  auto [grad_query, grad_key, grad_value, grad_mask] =
+  auto [grad_query, grad_key, grad_value, grad_mask, grad_sink] =
       call_attention_backward(parts.arguments(options), of_heads);
   at::Tensor grad_qkv;
   if (gradients.output_mask[kQuery]) {
     grad_qkv =
         at::cat({merge_heads(grad_query), merge_heads(grad_key), merge_heads(grad_value)}, -1);
   }
-  return {grad_qkv, grad_mask};
+  return {grad_qkv, grad_mask, grad_sink};
 }
 
 }  // namespace torch_ext

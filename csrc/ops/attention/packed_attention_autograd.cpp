@@ -33,8 +33,8 @@ struct PackedAttentionFunction : public torch::autograd::Function<PackedAttentio
 
   // As AttentionFunction's.
   static variable_list forward(AutogradContext* context, const at::Tensor& /*qkv*/,
-                               const OptionalTensor& /*attn_mask*/, const PackedProjection& packed,
-                               const AttentionArguments& options,
+                               const OptionalTensor& /*attn_mask*/, const OptionalTensor& /*sink*/,
+                               const PackedProjection& packed, const AttentionArguments& options,
                                const AttentionGeometry<std::int64_t>* checked) {
     at::Tensor out, logsumexp;
     if (checked != nullptr) {
@@ -63,7 +63,7 @@ struct PackedAttentionFunction : public torch::autograd::Function<PackedAttentio
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
-    variable_list result(5);
+    variable_list result(6);
     if (!grads[0].defined() && !grads[1].defined()) return result;
     const auto& data = context->saved_data;
     const variable_list saved = SparseTensorList::expand(
@@ -76,8 +76,12 @@ struct PackedAttentionFunction : public torch::autograd::Function<PackedAttentio
     const at::Tensor& mask = saved[kSavedOptions + kMask];
     GradientSet needs_grad{};
     needs_grad[kQuery] = needs_grad[kKey] = needs_grad[kValue] = context->needs_input_grad(0);
-    needs_grad[kMask] = mask.defined() && mask.is_floating_point() && context->needs_input_grad(1);
-    std::tie(result[0], result[1]) = call_packed_attention_backward(
+    std::size_t edge = 1;  // Edges count the given tensors only.
+    if (mask.defined()) {
+      needs_grad[kMask] = context->needs_input_grad(edge++) && mask.is_floating_point();
+    }
+    needs_grad[kSink] = saved[kSavedOptions + kSink].defined() && context->needs_input_grad(edge);
+    std::tie(result[0], result[1], result[2]) = call_packed_attention_backward(
         {.qkv = &saved[kSavedQkv], .num_heads = data.at("num_heads").toInt()},
         load_options(*context).with_tensors(c10::ArrayRef<at::Tensor>(saved).slice(kSavedOptions)),
         {.grad_out = &grad_out,
@@ -93,15 +97,15 @@ ForwardResult apply_packed_attention_function(const PackedProjection& packed,
                                               const AttentionArguments& options,
                                               const AttentionGeometry<std::int64_t>* checked) {
   const variable_list outputs = PackedAttentionFunction::apply(
-      *packed.qkv, optional(options.attn_mask), packed, options, checked);
+      *packed.qkv, optional(options.attn_mask), optional(options.sink), packed, options, checked);
   return {outputs[0], outputs[1]};
 }
 
 struct AutogradPackedAttention {
   static ForwardResult packed_forward(const PackedProjection& packed,
                                       const AttentionArguments& options) {
-    check_no_tangents("packed_attention_forward", {packed.qkv, options.attn_mask});
-    if (!needs_gradient({packed.qkv, options.attn_mask})) {
+    check_no_tangents("packed_attention_forward", {packed.qkv, options.attn_mask, options.sink});
+    if (!needs_gradient({packed.qkv, options.attn_mask, options.sink})) {
       return packed_forward_below_autograd(packed, options);
     }
     if (in_functorch_transform()) return DecomposedAttention::packed_forward(packed, options);
@@ -113,9 +117,9 @@ struct AutogradPackedAttention {
                                               const AttentionGradients& gradients) {
     check_no_tangents("packed_attention_backward",
                       {gradients.grad_out, gradients.grad_logsumexp, packed.qkv, gradients.out,
-                       gradients.logsumexp, options.attn_mask});
-    if (needs_gradient(
-            {gradients.grad_out, gradients.grad_logsumexp, packed.qkv, options.attn_mask})) {
+                       gradients.logsumexp, options.attn_mask, options.sink});
+    if (needs_gradient({gradients.grad_out, gradients.grad_logsumexp, packed.qkv, options.attn_mask,
+                        options.sink})) {
       return DecomposedAttention::packed_backward(packed, options, gradients);
     }
     const at::AutoDispatchBelowADInplaceOrView guard;

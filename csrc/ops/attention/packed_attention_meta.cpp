@@ -37,7 +37,7 @@ struct MetaPackedAttention {
         attention_gradient_outputs(arguments, without_qkv(gradients.output_mask), geometry);
     at::Tensor grad_qkv;
     if (gradients.output_mask[kQuery]) grad_qkv = at::empty_like(qkv);
-    return {grad_qkv, mask_gradient(arguments, outputs)};
+    return {grad_qkv, mask_gradient(arguments, outputs), sink_gradient(arguments, outputs)};
   }
 };
 

@@ -73,7 +73,7 @@ at::Tensor plain_packed_attention(const PackedProjection& packed, const Attentio
   RECORD_FUNCTION("torch_ext::packed_attention_forward",
                   std::vector<c10::IValue>({*packed.qkv, packed.num_heads}),
                   static_cast<std::int64_t>(at::sequence_number::peek()));
-  if (needs_gradient({packed.qkv, options.attn_mask})) {
+  if (needs_gradient({packed.qkv, options.attn_mask, options.sink})) {
     return std::get<0>(record_packed_attention_forward(packed, options, geometry));
   }
   return CpuAttention::packed_out(packed, options, geometry, /*logsumexp=*/nullptr);
@@ -83,9 +83,10 @@ struct CompositeSelfAttention {
   static at::Tensor self_attention(const SelfAttentionParameters& parameters,
                                    AttentionArguments options) {
     const at::Tensor& input = *parameters.input;
-    const bool plain = is_plain_cpu_call(
-        {&input, parameters.in_proj_weight, parameters.in_proj_bias, parameters.out_proj_weight,
-         parameters.out_proj_bias, options.attn_mask, options.key_padding_mask});
+    const bool plain =
+        is_plain_cpu_call({&input, parameters.in_proj_weight, parameters.in_proj_bias,
+                           parameters.out_proj_weight, parameters.out_proj_bias, options.attn_mask,
+                           options.key_padding_mask, options.sink, options.alibi_slopes});
     std::optional<AttentionGeometry<std::int64_t>> geometry;
     if (plain) {
       geometry = check_self_attention<std::int64_t>(parameters, options);

@@ -51,6 +51,12 @@ inline bool equal(const c10::SymInt& a, const c10::SymInt& b) {
   return a.sym_eq(b).expect_true(__FILE__, __LINE__);
 }
 
+/// Whether a number has to be no less than another.
+inline bool at_least(const c10::SymInt& number, std::int64_t least) {
+  if (const auto known = number.maybe_as_int()) return *known >= least;
+  return number.sym_ge(least).expect_true(__FILE__, __LINE__);
+}
+
 /// Whether `whole` has to be a multiple of `part`. Zero divides zero alone.
 template <typename Int>
 bool divides(const Int& part, const Int& whole) {

@@ -38,8 +38,9 @@ def attention_forward(
         dropout, scaling: dropout probability and scale of the scores
         is_causal: whether the layer is causal
         position_bias: added to the scores, broadcastable to (batch, heads, q_len, kv_len)
-        **kwargs: ``s_aux`` (heads,) or ``sinks`` (batch, heads, q_len, 1) are attention sinks: one
-            more score in the softmax, whose weight goes nowhere. ``indices`` (batch, q_len, chosen)
+        **kwargs: ``softcap``: scaled scores become ``softcap * tanh(scores / softcap)``.
+            ``s_aux`` (heads,) or ``sinks`` (batch, heads, q_len, 1) are attention sinks: one more
+            score in the softmax, whose weight goes nowhere. ``indices`` (batch, q_len, chosen)
             or ``block_indices``: an indexer's choice of keys; all others are hidden.
             ``cu_seq_lens_q`` and ``cu_seq_lens_k``: the ends of packed sequences, which do not see
             each other. ``output_attentions`` warns as ``sdpa`` does. All else is ignored, as it
@@ -49,15 +50,8 @@ def attention_forward(
         The output, (batch, q_len, heads, value_dim) and contiguous, and None for the weights.
 
     Raises:
-        ValueError: for soft-capped scores (``softcap``), as ``sdpa`` does, and for packed sequences
-            or chosen blocks of keys that cannot be told apart here.
+        ValueError: for packed sequences or chosen blocks of keys that cannot be told apart here.
     """
-    if kwargs.get("softcap") is not None:
-        raise ValueError(
-            f'torch_ext: attn_implementation="{NAME}" takes no `softcap`, got one from '
-            f"{type(module).__name__}: its kernels compute softmax(scale * q k^T + mask) v, "
-            'without soft-capping; use attn_implementation="eager" for this model'
-        )
     if kwargs.get("output_attentions"):
         _warn_about_weights()
     q_len, kv_len = query.shape[2], key.shape[2]
@@ -78,14 +72,18 @@ def attention_forward(
         mask = hidden_keys.with_position_bias(position_bias, mask, is_causal, q_len, key.shape[2])
     is_causal = is_causal and mask is None
     sinks = kwargs.get("s_aux") if kwargs.get("s_aux") is not None else kwargs.get("sinks")
-    enable_gqa = query.shape[1] != key.shape[1]
-    if sinks is None:
+    options = {
+        "scale": scaling,
+        "enable_gqa": query.shape[1] != key.shape[1],
+        "softcap": kwargs.get("softcap") or 0.0,
+    }
+    if sinks is None or sinks.dim() == 1:
         out = _scaled_dot_product_attention(
-            query, key, value, mask, dropout, is_causal, scale=scaling, enable_gqa=enable_gqa
+            query, key, value, mask, dropout, is_causal, sink=sinks, **options
         )
     else:
         out, logsumexp = attention.attention_forward(
-            query, key, value, mask, dropout, is_causal, scale=scaling, enable_gqa=enable_gqa
+            query, key, value, mask, dropout, is_causal, **options
         )
         out = _with_sinks(out, logsumexp, sinks)
     # Its memory is (batch, q_len, heads, value_dim) already.
@@ -93,10 +91,10 @@ def attention_forward(
 
 
 def _with_sinks(out: Tensor, logsumexp: Tensor, sinks: Tensor) -> Tensor:
-    """One more score in the softmax leaves to the keys, of all the weight, the share
-    exp(logsumexp) / (exp(logsumexp) + exp(sink)). A row without keys keeps 0: its share is 0."""
-    sinks = sinks.to(logsumexp.dtype)
-    sinks = sinks.view(-1, 1) if sinks.dim() == 1 else sinks.squeeze(-1)
+    """Sinks that differ from token to token: one more score in the softmax leaves to the keys, of
+    all the weight, the share exp(logsumexp) / (exp(logsumexp) + exp(sink)). A row without keys
+    keeps 0: its share is 0."""
+    sinks = sinks.to(logsumexp.dtype).squeeze(-1)
     # In the logsumexp's precision: a share rounded to bfloat16 would be as wrong as the output.
     return (out * torch.sigmoid(logsumexp - sinks).unsqueeze(-1)).to(out.dtype)
 
