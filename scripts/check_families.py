@@ -83,8 +83,6 @@ def _why(row: dict[str, Any]) -> str:
     reason = row["reason"]
     if "does not support an attention implementation" in reason:
         return 'does not support "sdpa"'
-    if "softcap" in reason:
-        return "soft-capping of scores"
     if row["status"] == "fused" and not row["sdpa"]:
         return '"sdpa" is refused'
     return reason.replace("|", "\\|")
