@@ -97,3 +97,12 @@ def test_refusals(sink: torch.Tensor, message: str) -> None:
     tensors = call_tensors((2, 4, 4, 4), (2, 4, 4, 4))
     with pytest.raises(RuntimeError, match=message):
         torch_ext.scaled_dot_product_attention(*tensors, sink=sink)
+
+
+def test_no_gradient_of_a_sink_that_is_not_there() -> None:
+    tensors = [t.detach() for t in call_tensors((1, 2, 4, 4), (1, 2, 4, 4))]
+    out, logsumexp = torch_ext.attention_forward(*tensors)
+    with pytest.raises(RuntimeError, match="output_mask takes True for sink only where there is"):
+        torch.ops.torch_ext.attention_backward(
+            out, None, *tensors, out, logsumexp, output_mask=[True, True, True, False, True]
+        )
