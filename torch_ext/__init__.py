@@ -16,12 +16,15 @@ from torch_ext.attention import (
 )
 from torch_ext.attention_parts import merge_attention
 from torch_ext.gradient_accumulation import GradientAccumulator
+from torch_ext.paged_cache import append_kv_
 from torch_ext.parallel_accumulation import parallel_micro_batches
 from torch_ext.sdpa_override import disable, enable, enabled, is_enabled
+from torch_ext.varlen import varlen_attn
 
 __all__ = [
     "GradientAccumulator",
     "__version__",
+    "append_kv_",
     "attention_forward",
     "cmake_prefix_path",
     "disable",
@@ -33,6 +36,7 @@ __all__ = [
     "parallel_micro_batches",
     "scaled_dot_product_attention",
     "self_attention",
+    "varlen_attn",
 ]
 
 flop_formulas.install()

@@ -7,6 +7,7 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
 
 #include "attention_extent.h"
 #include "strided_view.h"
@@ -60,10 +61,21 @@ struct ScoreTransform {
   const void* sink = nullptr;
 };
 
+/// Keys and values in pages of a cache: row j of both is row (first_row + j) % page_size of page
+/// table[(first_row + j) / page_size]. The views' row strides are those within a page.
+struct PagedRows {
+  const std::int32_t* table = nullptr;  // null: no pages
+  std::int64_t first_row = 0;
+  std::int64_t page_size = 0;
+  std::int64_t key_page_stride = 0;  // in elements
+  std::int64_t value_page_stride = 0;
+};
+
 struct AttentionDropout {
   double probability = 0.0;
   /// One 64-bit seed in the kernel's own memory; read only when probability > 0.
   const std::int64_t* seed = nullptr;
+  std::uint64_t seed_offset = 0;  // added to the seed
 };
 
 /// out = softmax(transform(query key^T)) value. A row that attends to nothing gives out = 0 and
@@ -78,9 +90,21 @@ struct AttentionForwardParams {
   /// (batch, query_heads, q_len) contiguous; natural logarithm; float, or double for kFloat64.
   /// May be null.
   void* logsumexp = nullptr;
+  /// Elements from one head's rows of logsumexp to the next one's. 0: q_len.
+  std::int64_t logsumexp_head_stride = 0;
   ScoreTransform transform{};
   AttentionDropout dropout{};
+  PagedRows pages{};
+  /// Of key and value where they are no `dtype`: kInt8 or kFloat8E4M3. Their factors are in
+  /// transform.scale and here.
+  std::optional<ScalarType> stored_type = std::nullopt;
+  double value_scale = 1.0;
 };
+
+/// The element type of key and value.
+constexpr TORCH_EXT_ALWAYS_INLINE ScalarType key_type(const AttentionForwardParams& params) {
+  return params.stored_type.has_value() ? *params.stored_type : params.dtype;
+}
 
 /// Gradients of AttentionForwardParams' out and logsumexp. With P the normalised weights, keep the
 /// dropout factor and delta = rowsum(grad_out * out) - grad_logsumexp:
@@ -93,9 +117,13 @@ struct AttentionBackwardParams {
   ConstStridedView key{};
   ConstStridedView value{};
   ConstStridedView out{};
-  ConstStridedView grad_out{};           // any strides, 0 too
-  const void* logsumexp = nullptr;       // as written by the forward pass
-  const void* grad_logsumexp = nullptr;  // the same layout and type, or null
+  ConstStridedView grad_out{};             // any strides, 0 too
+  const void* logsumexp = nullptr;         // as written by the forward pass
+  const void* grad_logsumexp = nullptr;    // the same layout and type, or null
+  std::int64_t logsumexp_head_stride = 0;  // as the forward pass's
+  /// Whether somebody has seen that no logsumexp is so large that its rounding matters; else the
+  /// kernels look themselves.
+  bool logsumexp_is_small = false;
   /// grad_query, grad_key and grad_value are float instead of bfloat16 or float16: the caller has
   /// yet to sum them over what was broadcast.
   bool unrounded_grads = false;
@@ -113,6 +141,16 @@ struct AttentionBackwardParams {
   ScoreTransform transform{};
   AttentionDropout dropout{};
 };
+
+/// Where logsumexp has the row of a query; `slice` counts (batch, query_heads).
+template <typename Params>
+constexpr TORCH_EXT_ALWAYS_INLINE std::int64_t logsumexp_row(const Params& params,
+                                                             std::int64_t slice,
+                                                             std::int64_t query) {
+  const std::int64_t stride =
+      params.logsumexp_head_stride == 0 ? params.shape.q_len : params.logsumexp_head_stride;
+  return slice * stride + query;
+}
 
 /// The element type of grad_query, grad_key and grad_value.
 constexpr TORCH_EXT_ALWAYS_INLINE ScalarType gradient_type(const AttentionBackwardParams& params) {

@@ -8,7 +8,15 @@
 namespace torch_ext {
 
 /// Element types that kernels read and write.
-enum class ScalarType : std::uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16, kBool };
+enum class ScalarType : std::uint8_t {
+  kFloat32,
+  kFloat64,
+  kBFloat16,
+  kFloat16,
+  kBool,
+  kInt8,
+  kFloat8E4M3,  // finite: no infinities, NaN is 0x7F
+};
 
 constexpr std::size_t element_size(ScalarType type) {
   switch (type) {
@@ -20,6 +28,8 @@ constexpr std::size_t element_size(ScalarType type) {
     case ScalarType::kFloat16:
       return 2;
     case ScalarType::kBool:
+    case ScalarType::kInt8:
+    case ScalarType::kFloat8E4M3:
       return 1;
   }
   return 0;

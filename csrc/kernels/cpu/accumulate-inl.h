@@ -113,10 +113,9 @@ TORCH_EXT_INLINE void with_floating_type(ScalarType type, const Body& body) {
       return body(TypeConstant<ScalarType::kBFloat16>{});
     case ScalarType::kFloat16:
       return body(TypeConstant<ScalarType::kFloat16>{});
-    case ScalarType::kBool:
-      break;
+    default:
+      __builtin_unreachable();
   }
-  __builtin_unreachable();
 }
 
 template <bool kOverwrite>

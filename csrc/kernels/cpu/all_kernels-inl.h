@@ -7,6 +7,7 @@
 #include "bf16_pairs-inl.h"
 #include "tile_contraction-inl.h"
 #include "operand_staging-inl.h"
+#include "key_rows-inl.h"
 #include "vector_tanh-inl.h"
 #include "score_transform-inl.h"
 #include "attention_dropout-inl.h"
@@ -23,6 +24,7 @@
 #include "attention_sink_gradient-inl.h"
 #include "attention_backward_tasks-inl.h"
 #include "attention_entry-inl.h"
+#include "attention_varlen-inl.h"
 #include "list_staging-inl.h"
 #include "accumulate-inl.h"
 #include "gradient_norm-inl.h"
@@ -39,6 +41,8 @@ static constexpr KernelTable make_kernel_table(CpuCapability capability) {
       .attention_forward = attention_forward,
       .attention_backward_workspace = attention_backward_workspace,
       .attention_backward = attention_backward,
+      .varlen_forward = varlen_forward,
+      .varlen_backward = varlen_backward,
       .accumulate = accumulate,
       .grad_stats_workspace = grad_stats_workspace,
       .grad_stats = grad_stats,

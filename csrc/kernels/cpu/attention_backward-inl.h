@@ -64,7 +64,7 @@ struct BackwardKernel {
     const AttentionShape& shape = params.shape;
     for (std::int64_t g = 0; g < group(); ++g) {
       const std::int64_t head = kv_head * group() + g;
-      const std::int64_t first_row = (batch * shape.query_heads + head) * shape.q_len;
+      const std::int64_t slice = batch * shape.query_heads + head;
       T* delta = scratch.delta + g * shape.q_len;
       for (std::int64_t i = queries.begin; i < queries.end; i += kLanes) {
         const Vec<T> dots = row_dots(scratch, batch, head, i);
@@ -74,8 +74,8 @@ struct BackwardKernel {
       }
       for (std::int64_t i = queries.begin; i < queries.end; ++i) {
         const std::int64_t place = g * shape.q_len + i;
-        const auto weight = statistics.weight_of(first_row + i);
-        delta[i] = statistics.without_grad_logsumexp(delta[i], first_row + i);
+        const auto weight = statistics.weight_of(slice, i);
+        delta[i] = statistics.without_grad_logsumexp(delta[i], slice, i);
         scratch.reference[place] = weight.reference;
         scratch.factor[place] = weight.factor;
       }
@@ -354,6 +354,26 @@ struct BackwardKernel {
       }
       return sum;
     });
+  }
+
+  /// The units of each step, in their order: blocks of queries, tasks, rows of dQ.
+  std::int64_t statistics_units() const {
+    const AttentionShape& shape = params.shape;
+    return statistics.any ? shape.batch() * shape.query_heads * query_blocks() : 0;
+  }
+  void run_statistics(int worker, std::int64_t unit) const {
+    statistics.run(scratch_of(worker), unit / query_blocks(),
+                   unit % query_blocks() * plan.query_block);
+  }
+  void run_unit(int worker, std::int64_t unit) const {
+    run_task(worker, unit % plan.groups(), unit / plan.groups());
+  }
+  void join_unit(std::int64_t unit) const {
+    const std::int64_t rows = plan.rows_per_pair(params.shape);
+    join_query_row(unit / rows, unit % rows);
+  }
+  std::int64_t query_blocks() const {
+    return (params.shape.q_len + plan.query_block - 1) / plan.query_block;
   }
 
   /// A task: a chunk of keys for all pairs that share a partial of the mask's gradient, or one

@@ -24,30 +24,26 @@ struct DecodeKernel {
   /// instructions.
   bool prefetches() const { return kElement != 4 && far; }
 
-  /// out[row] += sum over a block's keys of weight(row, key) * value(key). The sum is made in
-  /// `block_out`, from 0: added to a long one key by key it would round a thousand times.
-  void add_weighted_values(const float* weights, const char* values, std::int64_t row_bytes,
-                           std::int64_t count, float* block_out, float* out,
-                           std::int64_t padded) const {
-    for (std::int64_t d = 0; d < kRows * padded; d += kLanes) {
-      store<float>(block_out + d, FloatVector{});
-    }
-    weighted_values(weights, values, row_bytes, count, block_out, padded);
-    for (std::int64_t d = 0; d < kRows * padded; d += kLanes) {
-      store<float>(out + d, load<float>(out + d) + load<float>(block_out + d));
-    }
+  /// The rows a block later than a piece's, to be asked for meanwhile; the piece itself where there
+  /// are none, or not in one page.
+  RowPiece twin_of(const KeyRows& rows, const RowPiece& piece, std::int64_t end) const {
+    const std::int64_t first = piece.first + base.plan.kv_block;
+    if (!prefetches() || first + piece.count > end) return piece;
+    const RowPiece twin = rows.piece(first, piece.count);
+    return twin.count == piece.count ? twin : piece;
   }
 
-  /// out[row] += sum over keys of weight(row, key) * value(key).
+  /// out[row] += sum over keys of weight(row, key) * value(key). `ahead`: see RightRows.
   void weighted_values(const float* weights, const char* values, std::int64_t row_bytes,
-                       std::int64_t count, float* out, std::int64_t padded) const {
+                       std::int64_t count, std::int64_t ahead, float* out,
+                       std::int64_t padded) const {
     const std::int64_t value_dim = base.params.shape.value_dim;
     const std::int64_t whole = value_dim / kLanes * kLanes;
     std::int64_t key = 0;
     for (; key + kKeysPerStep <= count; key += kKeysPerStep) {
-      if (prefetches()) {
+      if (ahead != 0) {
         for (int i = 0; i < kKeysPerStep; ++i) {
-          prefetch_bytes(values + (key + i + base.plan.kv_block) * row_bytes, value_dim * kElement);
+          prefetch_bytes(values + (key + i) * row_bytes + ahead, value_dim * kElement);
         }
       }
       std::int64_t d = 0;
@@ -173,6 +169,13 @@ struct DecodeKernel {
     }
   }
 
+  /// One of the plan's units.
+  void run_unit(int worker, std::int64_t unit) const {
+    run_task(worker, unit / base.plan.kv_splits, unit % base.plan.kv_splits);
+  }
+
+  void join_unit(std::int64_t unit) const { base.splits.join_unit(unit); }
+
   void run_task(int worker, std::int64_t pair, std::int64_t split) const {
     const AttentionForwardParams& params = base.params;
     const ForwardPlan& plan = base.plan;
@@ -223,13 +226,11 @@ struct DecodeKernel {
       padding = static_cast<const std::uint8_t*>(transform.key_padding.data) +
                 slice_offset(transform.key_padding, shape.batch_sizes, batch, 0);
     }
-    const char* keys = element_at(params.key.data, params.dtype,
-                                  slice_offset(params.key, shape.batch_sizes, batch, kv_head));
-    const char* values = element_at(params.value.data, params.dtype,
-                                    slice_offset(params.value, shape.batch_sizes, batch, kv_head));
+    const KeyRows key_rows = KeyRows::of(params, batch, kv_head);
     const std::int64_t map_slice =
         plan.mask_map.used ? mask_map_slice(plan.mask_map, shape, batch, kv_head) : 0;
     const std::int64_t key_bytes = params.key.row_stride * kElement;
+    const std::int64_t value_bytes = params.value.row_stride * kElement;
     const Range task_keys = plan.keys_of_task(params, 0, split);
     const bool modified = base.function.natural ||
                           transform.mask.kind != AttentionMaskKind::kNone ||
@@ -251,20 +252,33 @@ struct DecodeKernel {
           row.score.bias_key = first;
         }
       }
-      const RightRows block_keys{.data = keys + first * key_bytes,
-                                 .row_bytes = key_bytes,
-                                 .count = count,
-                                 .columns = shape.head_dim,
-                                 .ahead = prefetches() ? plan.kv_block * key_bytes : 0};
-      row_products<Loader, kRows>(query, query_padded, block_keys, count, scores, plan.kv_block);
+      key_rows.for_pieces(first, count, [&](const RowPiece& piece) {
+        const char* next = twin_of(key_rows, piece, task_keys.end).key;
+        const RightRows right{.data = piece.key,
+                              .row_bytes = key_bytes,
+                              .count = piece.count,
+                              .columns = shape.head_dim,
+                              .ahead = next - piece.key};
+        row_products<Loader, kRows>(query, query_padded, right, piece.count,
+                                    scores + (piece.first - first), plan.kv_block);
+      });
       for (int r = 0; r < kRows; ++r) {
         float* row_scores = scores + r * plan.kv_block;
         if (modified) transform_scores(rows[r].score, first, count, row_scores);
         softmax(rows[r], row_scores, count, out + r * value_padded, value_padded);
         if (base.dropout.active) drop_weights(rows[r], first, count, row_scores);
       }
-      add_weighted_values(scores, values + first * params.value.row_stride * kElement,
-                          params.value.row_stride * kElement, count, block_out, out, value_padded);
+      for (std::int64_t d = 0; d < kRows * value_padded; d += kLanes) {
+        store<float>(block_out + d, FloatVector{});
+      }
+      key_rows.for_pieces(first, count, [&](const RowPiece& piece) {
+        const char* next = twin_of(key_rows, piece, task_keys.end).value;
+        weighted_values(scores + (piece.first - first), piece.value, value_bytes, piece.count,
+                        next - piece.value, block_out, value_padded);
+      });
+      for (std::int64_t d = 0; d < kRows * value_padded; d += kLanes) {
+        store<float>(out + d, load<float>(out + d) + load<float>(block_out + d));
+      }
     }
     for (std::int64_t r = 0; r < plan.rows; ++r) {
       const Row& row = rows[r];
@@ -286,27 +300,42 @@ struct DecodeKernel {
             load<float>(out + r * value_padded + d) * total.inverse);
       }
       if (params.logsumexp != nullptr) {
-        static_cast<float*>(params.logsumexp)[row.slice * shape.q_len + row.query] =
+        static_cast<float*>(params.logsumexp)[logsumexp_row(params, row.slice, row.query)] =
             total.logsumexp;
       }
     }
   }
 };
 
-template <typename Loader>
-static void run_decode_rows(const ForwardKernel<FloatContraction>& base, const TaskRunner& runner) {
-  const ForwardPlan& plan = base.plan;
-  const auto run = [&](const auto& kernel) {
-    run_tasks(runner, plan.pairs * plan.kv_splits, [&kernel, &plan](int worker, std::int64_t task) {
-      kernel.run_task(worker, task / plan.kv_splits, task % plan.kv_splits);
-    });
-  };
-  if (plan.rows == 1) {
-    run(DecodeKernel<Loader, 1>{base});
-  } else if (plan.rows == 2) {
-    run(DecodeKernel<Loader, 2>{base});
+/// body(kernel) with the decoding kernel of a plan's rows.
+template <typename Loader, typename Body>
+static void with_decode_rows(const ForwardKernel<FloatContraction>& base, const Body& body) {
+  if (base.plan.rows == 1) {
+    body(DecodeKernel<Loader, 1>{base});
+  } else if (base.plan.rows == 2) {
+    body(DecodeKernel<Loader, 2>{base});
   } else {
-    run(DecodeKernel<Loader, 4>{base});
+    body(DecodeKernel<Loader, 4>{base});
+  }
+}
+
+template <typename Body>
+static void with_decode_kernel(const ForwardKernel<FloatContraction>& base, const Body& body) {
+  switch (key_type(base.params)) {
+    case ScalarType::kInt8:
+      with_decode_rows<LoadInt8>(base, body);
+      break;
+    case ScalarType::kFloat8E4M3:
+      with_decode_rows<LoadFloat8>(base, body);
+      break;
+    case ScalarType::kBFloat16:
+      with_decode_rows<LoadBf16>(base, body);
+      break;
+    case ScalarType::kFloat16:
+      with_decode_rows<LoadFp16>(base, body);
+      break;
+    default:
+      with_decode_rows<LoadFloat>(base, body);
   }
 }
 
@@ -317,21 +346,11 @@ static void run_decode(const AttentionForwardParams& params, const ForwardPlan& 
     build_mask_map(params.transform.mask, params.shape, plan.mask_map, params.shape.group(), runner,
                    map);
   }
-  const ForwardKernel<FloatContraction> base{params, plan, map, workspace,
-                                             dropout_state(params.dropout)};
-  switch (params.dtype) {
-    case ScalarType::kBFloat16:
-      run_decode_rows<LoadBf16>(base, runner);
-      break;
-    case ScalarType::kFloat16:
-      run_decode_rows<LoadFp16>(base, runner);
-      break;
-    default:
-      run_decode_rows<LoadFloat>(base, runner);
-  }
-  if (plan.kv_splits > 1) {
-    run_tasks(runner, plan.pairs * plan.rows, [&base, &plan](int, std::int64_t task) {
-      base.splits.combine_row(task / plan.rows, task % plan.rows);
-    });
-  }
+  const ForwardKernel<FloatContraction> base{params, plan, map, workspace, dropout_state(params)};
+  with_decode_kernel(base, [&](const auto& kernel) {
+    run_tasks(runner, plan.units(),
+              [&kernel](int worker, std::int64_t unit) { kernel.run_unit(worker, unit); });
+  });
+  run_tasks(runner, plan.join_units(),
+            [&base](int, std::int64_t unit) { base.splits.join_unit(unit); });
 }

@@ -46,15 +46,22 @@ struct DropoutState {
   bool active;
   std::uint32_t threshold;
   std::uint64_t seed;
-  double scale;  // of what is kept
+  double scale;  // of what is kept, and of the values
 };
 
 TORCH_EXT_INLINE DropoutState dropout_state(const AttentionDropout& dropout) {
   if (!(dropout.probability > 0.0)) return {false, 0u, 0u, 1.0};
   const double bits = dropout.probability * 65536.0 + 0.5;
   const std::uint32_t threshold = static_cast<std::uint32_t>(bits);
-  return {true, threshold, static_cast<std::uint64_t>(*dropout.seed),
+  return {true, threshold, static_cast<std::uint64_t>(*dropout.seed) + dropout.seed_offset,
           threshold >= 65536u ? 0.0 : 65536.0 / (65536.0 - threshold)};
+}
+
+/// Of a forward pass, whose values may have a factor too.
+TORCH_EXT_INLINE DropoutState dropout_state(const AttentionForwardParams& params) {
+  DropoutState state = dropout_state(params.dropout);
+  state.scale *= params.value_scale;
+  return state;
 }
 
 /// Lanes = queries: zeroes the dropped weights of 8 consecutive keys from `key`, a multiple of 8.

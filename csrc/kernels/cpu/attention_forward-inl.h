@@ -232,7 +232,8 @@ struct ForwardKernel {
                       dropout.scale, sink_of<T>(params.transform, head));
         inverse[i] = total.inverse;
         if (logsumexp == nullptr) continue;
-        logsumexp[(batch * shape.query_heads + head) * shape.q_len + row / heads] = total.logsumexp;
+        logsumexp[logsumexp_row(params, batch * shape.query_heads + head, row / heads)] =
+            total.logsumexp;
       }
       const std::int64_t* offsets = tile.out_offset + vector * kLanes;
       unpack_lanes<T>(tile.out + vector * kLanes, stride, count, shape.value_dim, inverse,
@@ -240,6 +241,14 @@ struct ForwardKernel {
                       [offsets](std::int64_t lane) { return offsets[lane]; });
     }
   }
+
+  /// One of the plan's units: longest first where causal.
+  void run_unit(int worker, std::int64_t unit) const {
+    run_task(worker, unit / plan.kv_splits % plan.pairs,
+             plan.row_tiles - 1 - unit / plan.kv_splits / plan.pairs, unit % plan.kv_splits);
+  }
+
+  void join_unit(std::int64_t unit) const { splits.join_unit(unit); }
 
   void run_task(int worker, std::int64_t pair, std::int64_t row_tile, std::int64_t split) const {
     const AttentionShape& shape = params.shape;
@@ -270,8 +279,7 @@ struct ForwardKernel {
     }
 
     const Range keys = plan.keys_of_task(params, row_tile, split);
-    const std::int64_t key_base = slice_offset(params.key, shape.batch_sizes, batch, kv_head);
-    const std::int64_t value_base = slice_offset(params.value, shape.batch_sizes, batch, kv_head);
+    const KeyRows rows = KeyRows::of(params, batch, kv_head);
     const std::uint8_t* padding = nullptr;
     if (transform.key_padding.data != nullptr) {
       padding = static_cast<const std::uint8_t*>(transform.key_padding.data) +
@@ -296,10 +304,10 @@ struct ForwardKernel {
         const TileClass mask = mask_class(tile, map_slice, first);
         if (mask == TileClass::kEmpty) continue;
         if (!staged) {
-          stage(block, key_base, value_base, key_buffer, value_buffer);
+          stage(block, rows, key_buffer, value_buffer);
           staged = true;
         }
-        prefetch_share(first + plan.kv_block, keys.end, t, num_tiles, key_base, value_base);
+        prefetch_share(first + plan.kv_block, keys.end, t, num_tiles, rows);
         const KeyBlock<Policy> visible = block.part(begin, end);
         switch (tile.vectors) {
           case 1:
@@ -326,41 +334,55 @@ struct ForwardKernel {
   /// Asks for the rows of the next block that fall to tile `t`, while this one is computed: left to
   /// the hardware, four broadcast streams of short rows arrive late (measured 5% of fp32).
   void prefetch_share(std::int64_t first, std::int64_t kv_end, int t, int num_tiles,
-                      std::int64_t key_base, std::int64_t value_base) const {
+                      const KeyRows& rows) const {
     const std::int64_t count = min_of(plan.kv_block, kv_end - first);
+    const std::int64_t begin = first + count * t / num_tiles;
     const std::int64_t end = first + count * (t + 1) / num_tiles;
-    const auto prefetch_row = [&](const ConstStridedView& view, std::int64_t base, std::int64_t key,
-                                  std::int64_t columns) {
+    const std::int64_t bytes = bytes_of(key_type(params));
+    const auto prefetch_rows = [bytes](const ConstStridedView& view, const char* row,
+                                       std::int64_t count, std::int64_t columns) {
       if (view.col_stride != 1) return;
-      const char* row = element_at(view.data, params.dtype, base + key * view.row_stride);
-      for (std::int64_t byte = 0; byte < columns * bytes_of(params.dtype); byte += 64) {
-        __builtin_prefetch(row + byte, 0, 2);
+      for (; count > 0; --count, row += view.row_stride * bytes) {
+        for (std::int64_t byte = 0; byte < columns * bytes; byte += 64) {
+          __builtin_prefetch(row + byte, 0, 2);
+        }
       }
     };
-    for (std::int64_t key = first + count * t / num_tiles; key < end; ++key) {
-      prefetch_row(params.key, key_base, key, params.shape.head_dim);
-      prefetch_row(params.value, value_base, key, params.shape.value_dim);
-    }
+    rows.for_pieces(begin, end - begin, [&](const RowPiece& piece) {
+      prefetch_rows(params.key, piece.key, piece.count, params.shape.head_dim);
+      prefetch_rows(params.value, piece.value, piece.count, params.shape.value_dim);
+    });
   }
 
-  void stage(KeyBlock<Policy>& block, std::int64_t key_base, std::int64_t value_base,
-             char* key_buffer, char* value_buffer) const {
+  void stage(KeyBlock<Policy>& block, const KeyRows& rows, char* key_buffer,
+             char* value_buffer) const {
     const AttentionShape& shape = params.shape;
-    block.key = stage_rows<Policy>(element_at(params.key.data, params.dtype,
-                                              key_base + block.first * params.key.row_stride),
-                                   params.dtype, params.key.row_stride, params.key.col_stride,
-                                   block.count, shape.head_dim, key_buffer, true, false)
-                    .over_columns;
-    block.value = stage_rows<Policy>(element_at(params.value.data, params.dtype,
-                                                value_base + block.first * params.value.row_stride),
-                                     params.dtype, params.value.row_stride, params.value.col_stride,
-                                     block.count, shape.value_dim, value_buffer, false, true)
-                      .over_rows;
-    block.key.far = block.value.far = params.dtype == kNativeType<Policy>;
+    const ScalarType type = key_type(params);
+    const RowPiece piece = rows.piece(block.first, block.count);
+    const bool whole = piece.count == block.count && is_staged_from<Policy>(type);
+    if (whole) {
+      block.key = stage_rows<Policy>(piece.key, type, params.key.row_stride, params.key.col_stride,
+                                     block.count, shape.head_dim, key_buffer, true, false)
+                      .over_columns;
+      block.value =
+          stage_rows<Policy>(piece.value, type, params.value.row_stride, params.value.col_stride,
+                             block.count, shape.value_dim, value_buffer, false, true)
+              .over_rows;
+    } else {
+      GatheredRows<Policy> keys{key_buffer, block.count, shape.head_dim};
+      GatheredRows<Policy> values{value_buffer, block.count, shape.value_dim};
+      rows.for_pieces(block.first, block.count, [&](const RowPiece& part) {
+        keys.add(part.key, type, params.key, part.count);
+        values.add(part.value, type, params.value, part.count);
+      });
+      block.key = keys.over_columns();
+      block.value = values.over_rows();
+    }
+    block.key.far = block.value.far = whole && type == kNativeType<Policy>;
   }
 };
 
-/// Runs the plan: mask map, tasks (longest first where causal), then the join of the splits.
+/// Runs the plan: mask map, tasks, then the join of the splits.
 template <typename Policy>
 static void run_forward(const AttentionForwardParams& params, const ForwardPlan& plan,
                         const TaskRunner& runner, char* workspace) {
@@ -369,17 +391,9 @@ static void run_forward(const AttentionForwardParams& params, const ForwardPlan&
     build_mask_map(params.transform.mask, params.shape, plan.mask_map, params.shape.group(), runner,
                    map);
   }
-  ForwardKernel<Policy> kernel{params, plan, map, workspace, dropout_state(params.dropout)};
-  run_tasks(runner, plan.pairs * plan.row_tiles * plan.kv_splits,
-            [&kernel, &plan](int worker, std::int64_t task) {
-              const std::int64_t split = task % plan.kv_splits;
-              const std::int64_t pair = task / plan.kv_splits % plan.pairs;
-              const std::int64_t tile = plan.row_tiles - 1 - task / plan.kv_splits / plan.pairs;
-              kernel.run_task(worker, pair, tile, split);
-            });
-  if (plan.kv_splits > 1) {
-    run_tasks(runner, plan.pairs * plan.rows, [&kernel, &plan](int, std::int64_t task) {
-      kernel.splits.combine_row(task / plan.rows, task % plan.rows);
-    });
-  }
+  const ForwardKernel<Policy> kernel{params, plan, map, workspace, dropout_state(params)};
+  run_tasks(runner, plan.units(),
+            [&kernel](int worker, std::int64_t unit) { kernel.run_unit(worker, unit); });
+  run_tasks(runner, plan.join_units(),
+            [&kernel](int, std::int64_t unit) { kernel.join_unit(unit); });
 }

@@ -15,8 +15,17 @@ struct LoadFp16 {
   TORCH_EXT_INLINE FloatVector at(const void* p) { return fp16_to_float(p); }
 };
 
+struct LoadInt8 {
+  static constexpr ScalarType kType = ScalarType::kInt8;
+  TORCH_EXT_INLINE FloatVector at(const void* p) { return int8_to_float(p); }
+};
+struct LoadFloat8 {
+  static constexpr ScalarType kType = ScalarType::kFloat8E4M3;
+  TORCH_EXT_INLINE FloatVector at(const void* p) { return float8_to_float(p); }
+};
+
 template <typename Loader>
-constexpr std::int64_t kElementBytes = Loader::kType == ScalarType::kFloat32 ? 4 : 2;
+constexpr std::int64_t kElementBytes = static_cast<std::int64_t>(element_size(Loader::kType));
 
 /// Neighbouring rows of contiguous columns: keys or values.
 struct RightRows {
@@ -69,9 +78,16 @@ static __attribute__((noinline)) void row_products(const float* left, std::int64
       }
     }
     const FloatVector dots = reduce_rows<float>(sum);
+    // Whole steps where there is room: of the rest, the next row's numbers may lie behind it.
+    const std::int64_t bytes = (key + kKeys <= width ? kKeys : width - key) * 4;
     for (int row = 0; row < kRows; ++row) {
-      __builtin_memcpy(out + row * stride + key,
-                       reinterpret_cast<const float*>(&dots) + row * kKeys, kKeys * 4);
+      float* const target = out + row * stride + key;
+      const float* const source = reinterpret_cast<const float*>(&dots) + row * kKeys;
+      if (bytes == kKeys * 4) {
+        __builtin_memcpy(target, source, kKeys * 4);
+      } else {
+        __builtin_memcpy(target, source, bytes);
+      }
     }
   }
 }

@@ -30,28 +30,43 @@ struct RowStatistics {
   TORCH_EXT_INLINE bool uncertain(T logsumexp) {
     return (logsumexp > kLimit || logsumexp < -kLimit) && logsumexp > -kInfinity<T>;
   }
-  bool any_uncertain(std::int64_t first, std::int64_t count) const {
-    const T* logsumexp = static_cast<const T*>(params.logsumexp) + first;
+  /// Whether any of some queries of a slice, which counts (batch, query_heads), is uncertain.
+  bool any_uncertain(std::int64_t slice, std::int64_t first, std::int64_t count) const {
+    const T* logsumexp =
+        static_cast<const T*>(params.logsumexp) + logsumexp_row(params, slice, first);
     bool any = false;
     for (std::int64_t row = 0; row < count; ++row) any |= uncertain(logsumexp[row]);
     return any;
   }
+  bool any_uncertain() const {
+    const AttentionShape& shape = params.shape;
+    bool any = false;
+    for (std::int64_t slice = 0; slice < shape.batch() * shape.query_heads; ++slice) {
+      any |= any_uncertain(slice, 0, shape.q_len);
+    }
+    return any;
+  }
 
   /// Some logsumexp is too large to be taken at its word.
-  bool any = any_uncertain(0, rows());
+  bool any = !params.logsumexp_is_small && any_uncertain();
 
-  /// weight = factor * exp(score - reference) of a row, (batch, query_heads, q_len).
+  /// weight = factor * exp(score - reference) of a query; `slice` counts (batch, query_heads).
   struct RowWeight {
     T reference;
     T factor;
   };
-  RowWeight weight_of(std::int64_t row) const {
-    if (any) return {*references(row), *factors(row)};
+  RowWeight weight_of(std::int64_t slice, std::int64_t query) const {
+    if (any) {
+      const std::int64_t row = slice * params.shape.q_len + query;
+      return {*references(row), *factors(row)};
+    }
+    const std::int64_t row = logsumexp_row(params, slice, query);
     return {reference_of(static_cast<const T*>(params.logsumexp)[row]), static_cast<T>(1)};
   }
 
   /// A row's delta of its rowsum(grad_out * out).
-  T without_grad_logsumexp(T dot, std::int64_t row) const {
+  T without_grad_logsumexp(T dot, std::int64_t slice, std::int64_t query) const {
+    const std::int64_t row = logsumexp_row(params, slice, query);
     const T* const grad = static_cast<const T*>(params.grad_logsumexp);
     const bool attends = static_cast<const T*>(params.logsumexp)[row] != -kInfinity<T>;
     return grad != nullptr && attends ? dot - grad[row] : dot;
@@ -66,12 +81,13 @@ struct RowStatistics {
     const AttentionShape& shape = params.shape;
     const std::int64_t count = min_of(plan.query_block, shape.q_len - start);
     const std::int64_t first_row = slice * shape.q_len + start;
-    const T* logsumexp = static_cast<const T*>(params.logsumexp) + first_row;
+    const T* logsumexp =
+        static_cast<const T*>(params.logsumexp) + logsumexp_row(params, slice, start);
     for (std::int64_t i = 0; i < count; ++i) {
       references(first_row)[i] = reference_of(logsumexp[i]);
       factors(first_row)[i] = static_cast<T>(1);
     }
-    if (!any_uncertain(first_row, count)) return;
+    if (!any_uncertain(slice, start, count)) return;
     const std::int64_t batch = slice / shape.query_heads;
     const std::int64_t head = slice % shape.query_heads;
     for (std::int64_t i = 0; i < count; ++i) {

@@ -56,6 +56,10 @@ struct ForwardPlan {
   std::int64_t kv_splits = 1;  // of the keys that a row tile sees
   std::int64_t kv_split_len = 0;
   MaskMapPlan mask_map;
+  /// Units of work, each of one pair, row tile and split; and rows that are joined afterwards.
+  std::int64_t units() const { return pairs * row_tiles * kv_splits; }
+  std::int64_t join_units() const { return kv_splits > 1 ? pairs * rows : 0; }
+
   std::size_t partial_offset =
       0;  // (pair, split, row, value_dim + 3): out, maximum, reference, sum
   std::size_t worker_offset = 0;
@@ -108,6 +112,12 @@ struct BackwardPlan {
 
   std::int64_t rows_per_pair(const AttentionShape& shape) const {
     return shape.q_len * shape.group();
+  }
+  /// Units of work, each of a group and a chunk; and rows of dQ that are joined afterwards.
+  std::int64_t units() const { return groups() * chunks; }
+  std::int64_t join_units(const AttentionBackwardParams& params) const {
+    return chunks > 1 && params.grad_query.data != nullptr ? pairs * rows_per_pair(params.shape)
+                                                           : 0;
   }
   std::int64_t groups() const { return mask_gradient ? mask_slices * mask_partials : pairs; }
   std::int64_t mask_column_chunks() const { return mask_gradient && mask_cols == 1 ? chunks : 1; }

@@ -33,6 +33,8 @@ struct KeySplits {
            ((pair * plan.kv_splits + split) * plan.rows + row) * width;
   }
 
+  void join_unit(std::int64_t unit) const { combine_row(unit / plan.rows, unit % plan.rows); }
+
   /// Joins the splits of one row in their order.
   void combine_row(std::int64_t pair, std::int64_t row) const {
     const AttentionShape& shape = params.shape;
@@ -71,7 +73,8 @@ struct KeySplits {
           load_elements<T>(joined + d, kNativeType<Policy>, 1, count) * total.inverse);
     }
     if (params.logsumexp != nullptr) {
-      static_cast<T*>(params.logsumexp)[(batch * shape.query_heads + head) * shape.q_len + query] =
+      static_cast<T*>(
+          params.logsumexp)[logsumexp_row(params, batch * shape.query_heads + head, query)] =
           total.logsumexp;
     }
   }

@@ -112,12 +112,47 @@ TORCH_EXT_INLINE void float_to_fp16(void* target, FloatVector x) {
 #endif
 }
 
+TORCH_EXT_INLINE FloatVector int8_to_float(const void* source) {
+#if defined(TORCH_EXT_HAS_AVX512)
+  __m128i bytes;
+  __builtin_memcpy(&bytes, source, sizeof bytes);
+  return (FloatVector)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+#elif defined(TORCH_EXT_HAS_AVX2)
+  const __m128i bytes = _mm_loadl_epi64(static_cast<const __m128i*>(source));
+  return (FloatVector)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+#else
+  FloatVector result;
+  for (int lane = 0; lane < kFloatLanes; ++lane) {
+    result[lane] = static_cast<float>(static_cast<const std::int8_t*>(source)[lane]);
+  }
+  return result;
+#endif
+}
+
+/// By way of fp16, whose exponents are 8 larger: exact, subnormals too.
+TORCH_EXT_INLINE FloatVector float8_to_float(const void* source) {
+  Uint8FloatVector bytes;
+  __builtin_memcpy(&bytes, source, sizeof bytes);
+  const Uint16HalfVector wide = __builtin_convertvector(bytes, Uint16HalfVector);
+  const Uint16HalfVector magnitude = wide & 0x7Fu;
+  const Uint16HalfVector nan = (Uint16HalfVector)(magnitude == 0x7Fu) & 0x7E00u;
+  const Uint16HalfVector half = magnitude << 7 | nan | (wide & 0x80u) << 8;
+  return fp16_to_float(&half) * 256.0f;
+}
+
 /// Bytes between consecutive elements.
 TORCH_EXT_INLINE std::int64_t bytes_of(ScalarType type) {
-  return type == ScalarType::kFloat64   ? 8
-         : type == ScalarType::kFloat32 ? 4
-         : type == ScalarType::kBool    ? 1
-                                        : 2;
+  switch (type) {
+    case ScalarType::kFloat64:
+      return 8;
+    case ScalarType::kFloat32:
+      return 4;
+    case ScalarType::kBFloat16:
+    case ScalarType::kFloat16:
+      return 2;
+    default:
+      return 1;
+  }
 }
 
 TORCH_EXT_INLINE const char* element_at(const void* data, ScalarType type, std::int64_t offset) {
@@ -140,6 +175,12 @@ TORCH_EXT_INLINE Vec<T> load_elements(const void* source, ScalarType type) {
       for (int lane = 0; lane < kDoubleLanes; ++lane) {
         half[lane] = static_cast<const std::uint8_t*>(source)[lane] ? 0.0f : -kInfinity<float>;
       }
+    } else if (type == ScalarType::kInt8 || type == ScalarType::kFloat8E4M3) {
+      std::uint8_t bytes[kFloatLanes] = {};
+      __builtin_memcpy(bytes, source, kDoubleLanes);
+      const FloatVector wide =
+          type == ScalarType::kInt8 ? int8_to_float(bytes) : float8_to_float(bytes);
+      __builtin_memcpy(&half, &wide, sizeof half);
     } else {
       std::uint16_t bits[kFloatLanes] = {};
       __builtin_memcpy(bits, source, kDoubleLanes * 2);
@@ -162,6 +203,10 @@ TORCH_EXT_INLINE Vec<T> load_elements(const void* source, ScalarType type) {
         const Int32Vector masked = __builtin_convertvector(bytes, Int32Vector) == 0;
         return (FloatVector)(masked & (Int32Vector)broadcast(-kInfinity<float>));
       }
+      case ScalarType::kInt8:
+        return int8_to_float(source);
+      case ScalarType::kFloat8E4M3:
+        return float8_to_float(source);
       case ScalarType::kFloat64: {
         FloatVector result;
         for (int lane = 0; lane < kFloatLanes; ++lane) {

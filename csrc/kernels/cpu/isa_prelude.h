@@ -9,13 +9,17 @@
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
+#include <vector>
 
 #include "../accumulation_params.h"
 #include "../attention_params.h"
 #include "../counter_rng.h"
 #include "../strided_view.h"
+#include "../varlen_sequences.h"
 #include "attention_mask_map.h"
 #include "attention_schedule.h"
 #include "kernel_table.h"
 #include "list_schedule.h"
 #include "task_runner.h"
+#include "varlen_schedule.h"
+#include "workspace.h"

@@ -5,8 +5,10 @@
 
 #include "../accumulation_params.h"
 #include "../attention_params.h"
+#include "../varlen_sequences.h"
 #include "cpu_isa.h"
 #include "task_runner.h"
+#include "workspace.h"
 
 namespace torch_ext {
 
@@ -24,6 +26,12 @@ struct KernelTable {
   std::size_t (*attention_backward_workspace)(const AttentionBackwardParams&, int num_workers);
   KernelPath (*attention_backward)(const AttentionBackwardParams&, const TaskRunner&,
                                    void* workspace);
+
+  /// Packed sequences (varlen_sequences.h).
+  KernelPath (*varlen_forward)(const AttentionForwardParams&, const VarlenSequences&,
+                               const TaskRunner&, const Workspace&);
+  KernelPath (*varlen_backward)(const AttentionBackwardParams&, const VarlenSequences&,
+                                const TaskRunner&, const Workspace&);
 
   /// The mini-batch kernels; which path they take is of no interest to anyone.
   void (*accumulate)(const AccumulateParams&, const TaskRunner&);

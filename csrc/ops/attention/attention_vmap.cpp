@@ -6,7 +6,6 @@
 // (randomness="same", or one drawn outside) means the same mask for every sample, for which the
 // samples are computed one by one.
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/stack.h>
 #include <c10/core/SymbolicShapeMeta.h>
 #include <torch/library.h>
 
@@ -16,31 +15,11 @@
 
 #include "attention_checks.h"
 #include "attention_signature.h"
+#include "stacked_samples.h"
 #include "vmap_level.h"
 
 namespace torch_ext {
 namespace {
-
-/// Calls `one(index)`, which returns a std::tuple of `kOutputs` tensors, for each sample, and
-/// stacks.
-template <std::size_t kOutputs, typename One>
-std::array<at::Tensor, kOutputs> stack_samples(std::int64_t count, const One& one) {
-  TORCH_CHECK(count > 0, "torch_ext: vmap with dropout takes at least one sample, got none");
-  std::array<std::vector<at::Tensor>, kOutputs> samples;
-  for (std::int64_t index = 0; index < count; ++index) {
-    std::apply(
-        [&samples](const auto&... outputs) {
-          std::size_t position = 0;
-          (samples[position++].push_back(outputs), ...);
-        },
-        one(index));
-  }
-  std::array<at::Tensor, kOutputs> stacked;
-  for (std::size_t output = 0; output < kOutputs; ++output) {
-    if (samples[output].front().defined()) stacked[output] = at::stack(samples[output], 0);
-  }
-  return stacked;
-}
 
 // torch writes attention out as products under vmap.
 constexpr bool kContiguous = true;

@@ -16,6 +16,10 @@ void override_attention(std::vector<torch::Library>& libraries);
 /// of nn.MultiheadAttention, nn.TransformerEncoderLayer and nn.TransformerEncoder end in.
 void override_multi_head_attention(std::vector<torch::Library>& libraries);
 
+/// aten::_flash_attention_forward, its form in place and its backward, at the CPU key: what
+/// torch.nn.attention.varlen ends in.
+void override_varlen_attention(std::vector<torch::Library>& libraries);
+
 /// torch's own kernel of aten::_native_multi_head_attention on CUDA devices, where a call stays
 /// torch's. Set by sdpa_override_multi_head_cuda.cpp, which only a build with CUDA has; else null.
 using TorchMultiHeadAttention = decltype(&at::native::native_multi_head_attention_cpu);

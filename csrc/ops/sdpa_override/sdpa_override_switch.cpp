@@ -71,6 +71,7 @@ class OverrideSwitch {
       std::vector<torch::Library> libraries;
       override_attention(libraries);
       override_multi_head_attention(libraries);
+      override_varlen_attention(libraries);
       libraries_ = std::move(libraries);
     } else if (!on) {
       // Calls already past the dispatcher finish: the kernels are plain functions, so a library

@@ -1,0 +1,13 @@
+// Attention over packed sequences. One translation unit (csrc/README.md).
+#include "ops/varlen/append_kv.cpp"
+#include "ops/varlen/cache_checks.cpp"
+#include "ops/varlen/varlen_autocast.cpp"
+#include "ops/varlen/varlen_autograd.cpp"
+#include "ops/varlen/varlen_checks.cpp"
+#include "ops/varlen/varlen_cpu.cpp"
+#include "ops/varlen/varlen_lengths.cpp"
+#include "ops/varlen/varlen_meta.cpp"
+#include "ops/varlen/varlen_operators.cpp"
+#include "ops/varlen/varlen_outputs.cpp"
+#include "ops/varlen/varlen_second_order.cpp"
+#include "ops/varlen/varlen_vmap.cpp"
