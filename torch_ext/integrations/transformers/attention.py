@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_ext import attention
-from torch_ext.integrations.transformers import hidden_keys
+from torch_ext.integrations.transformers import hidden_keys, packed_sequences
 from torch_ext.integrations.transformers.families import NAME
 
 _scaled_dot_product_attention = torch.ops.torch_ext.scaled_dot_product_attention
@@ -43,8 +43,9 @@ def attention_forward(
             score in the softmax, whose weight goes nowhere. ``indices`` (batch, q_len, chosen)
             or ``block_indices``: an indexer's choice of keys; all others are hidden.
             ``cu_seq_lens_q`` and ``cu_seq_lens_k``: the ends of packed sequences, which do not see
-            each other. ``output_attentions`` warns as ``sdpa`` does. All else is ignored, as it
-            is by ``sdpa``.
+            each other. In a causal call of one row without a mask, ``position_ids`` that begin
+            at 0 again say the same. ``output_attentions`` warns as ``sdpa`` does. All else is
+            ignored, as it is by ``sdpa``.
 
     Returns:
         The output, (batch, q_len, heads, value_dim) and contiguous, and None for the weights.
@@ -67,16 +68,24 @@ def attention_forward(
         key, value = key[:, :, :q_len], value[:, :, :q_len]
         if position_bias is not None:
             position_bias = position_bias[..., :q_len]
-    mask = hidden_keys.without_hidden_keys(module, query, key, attention_mask, is_causal, kwargs)
-    if position_bias is not None:
-        mask = hidden_keys.with_position_bias(position_bias, mask, is_causal, q_len, key.shape[2])
-    is_causal = is_causal and mask is None
     sinks = kwargs.get("s_aux") if kwargs.get("s_aux") is not None else kwargs.get("sinks")
-    options = {
+    options: dict[str, Any] = {
         "scale": scaling,
         "enable_gqa": query.shape[1] != key.shape[1],
         "softcap": kwargs.get("softcap") or 0.0,
     }
+    plain = attention_mask is None and position_bias is None and (sinks is None or sinks.dim() == 1)
+    if plain and q_len > 1 and all(kwargs.get(n) is None for n in ("indices", "block_indices")):
+        documents = packed_sequences.documents_of(query, key, is_causal, kwargs)
+        if documents is not None:
+            out = packed_sequences.attention_to_each(
+                documents, query, key, value, dropout, is_causal, {**options, "sink": sinks}
+            )
+            return out.transpose(1, 2).contiguous(), None
+    mask = hidden_keys.without_hidden_keys(module, query, key, attention_mask, is_causal, kwargs)
+    if position_bias is not None:
+        mask = hidden_keys.with_position_bias(position_bias, mask, is_causal, q_len, key.shape[2])
+    is_causal = is_causal and mask is None
     if sinks is None or sinks.dim() == 1:
         out = _scaled_dot_product_attention(
             query, key, value, mask, dropout, is_causal, sink=sinks, **options
