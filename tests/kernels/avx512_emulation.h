@@ -67,6 +67,18 @@ static inline __attribute__((always_inline)) __m256i narrow_words(Word16 x) {
   return (__m256i) __builtin_convertvector(x, Short16);
 }
 
+/// Sixteen signed bytes as words.
+static inline __attribute__((always_inline)) Word16 widen_bytes(__m128i x) {
+  typedef std::int8_t Byte16 __attribute__((vector_size(16), may_alias));
+  typedef std::int32_t Signed16 __attribute__((vector_size(64), may_alias));
+  return (Word16) __builtin_convertvector((Byte16)x, Signed16);
+}
+
+static inline __attribute__((always_inline)) Float16 words_to_float(Word16 x) {
+  typedef std::int32_t Signed16 __attribute__((vector_size(64), may_alias));
+  return __builtin_convertvector((Signed16)x, Float16);
+}
+
 static inline __attribute__((always_inline)) Float16 widen_fp16(__m256i bits) {
   struct Halves {
     __m256 half[2];
@@ -139,6 +151,11 @@ static __attribute__((noinline)) Vector shuffle(Vector a, Vector b, Mask mask) {
 #undef _mm512_cvtneps_pbh
 #define _mm512_cvtneps_pbh(x) \
   ::torch_ext::emulation::round_to_bf16((::torch_ext::emulation::Float16)(x))
+#undef _mm512_cvtepi8_epi32
+#define _mm512_cvtepi8_epi32(x) ((__m512i)::torch_ext::emulation::widen_bytes(x))
+#undef _mm512_cvtepi32_ps
+#define _mm512_cvtepi32_ps(x) \
+  ((__m512)::torch_ext::emulation::words_to_float((::torch_ext::emulation::Word16)(x)))
 #undef _mm512_cvtepu16_epi32
 #define _mm512_cvtepu16_epi32(x) \
   ((__m512i)::torch_ext::emulation::widen_words((::torch_ext::emulation::Short16)(x)))
