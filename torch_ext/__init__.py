@@ -7,7 +7,7 @@ __version__: str = loaded.build_info["version"]
 cmake_prefix_path: str = str(PACKAGE / "share" / "cmake")
 """For ``-DCMAKE_PREFIX_PATH=``: where an installed package has the files of ``find_package``."""
 
-from torch_ext import flop_formulas
+from torch_ext import data, flop_formulas
 from torch_ext.attention import (
     attention_forward,
     last_attention_path,
@@ -27,6 +27,7 @@ __all__ = [
     "append_kv_",
     "attention_forward",
     "cmake_prefix_path",
+    "data",
     "disable",
     "enable",
     "enabled",

@@ -1,4 +1,4 @@
-"""Autocast copies of the weights: kept for a window, and never older than stock's."""
+"""Autocast copies of the weights: made once a region, and never older than stock's."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from torch_ext import GradientAccumulator
 
-# More elements than one thread compares, and a last one of its own.
-_WIDTHS = (301, 257)
+_WIDTHS = (31, 17)
 
 
 def _clamp(weight: nn.Parameter) -> None:
@@ -86,27 +85,31 @@ def test_a_write_between_micro_batches_is_seen_where_stock_sees_it(
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
-def test_copies_are_kept_over_regions() -> None:
-    """A layer whose weight nobody writes is cast once a window."""
+@pytest.mark.parametrize("kind", ["one each", "one region", "without cache"])
+def test_weights_are_cast_as_often_as_in_stock(kind: str) -> None:
     model = nn.Linear(*_WIDTHS, bias=False)
     accumulator = GradientAccumulator(model, torch.optim.SGD(model.parameters(), lr=1.0))
     x = torch.randn(3, _WIDTHS[0], requires_grad=True)
-    held: list[Tensor] = []
+    copies: list[list[Tensor]] = [[], []]
+    for ours, held in zip((False, True), copies, strict=True):
 
-    def hold(tensor: Tensor) -> Tensor:
-        if tuple(tensor.shape) == _WIDTHS and tensor.dtype == torch.bfloat16:
-            held.append(tensor)  # so that no other copy can have its memory
-        return tensor
+        def hold(tensor: Tensor, held: list[Tensor] = held) -> Tensor:
+            if tuple(tensor.shape) == _WIDTHS:
+                held.append(tensor)  # so that no other copy can have its memory
+            return tensor
 
-    for _ in range(3):
-        with (
-            accumulator.micro_batch(),
-            torch.autocast("cpu", dtype=torch.bfloat16),
-            torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor),
-        ):
-            model(x).sum().backward()
-    assert len(held) == 3
-    assert len({tensor.data_ptr() for tensor in held}) == 1
+        window, each = _regions(torch.bfloat16, kind)
+        with window:
+            for _ in range(3):
+                with (
+                    accumulator.micro_batch() if ours else contextlib.nullcontext(),
+                    each,
+                    torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor),
+                ):
+                    (model(x) + model(x)).sum().backward()
+    stock, found = ([tensor.data_ptr() for tensor in held] for held in copies)
+    assert len(found) == len(stock) == 6
+    assert len(set(found)) == len(set(stock)) == {"one each": 3, "one region": 1}.get(kind, 6)
 
 
 def test_a_backward_has_the_copy_of_its_forward() -> None:

@@ -1,5 +1,5 @@
-// The weights' autocast copies, kept for a window where stock makes them once an autocast region.
-// They are not torch's own cache, whose copies must carry autograd's history.
+// The weights' autocast copies, made once an autocast region, as stock makes them. They are not
+// torch's own cache, whose copies must carry autograd's history.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -15,8 +15,9 @@ class AutocastCopies {
  public:
   explicit AutocastCopies(std::size_t count) : entries_(count) {}
 
-  /// `weight` in another dtype, without history. The first call in an autocast region finds
-  /// whatever has been written into the weight, through `.data` too, as stock does.
+  /// `weight` in another dtype, without history. What was written into the weight is in it from the
+  /// next autocast region on, through `.data` too, which no version counter tells. To compare a
+  /// copy with its weight instead takes as long as to cast again (0.7 ms for 768 x 3072 in bf16).
   at::Tensor copy(std::size_t index, const at::Tensor& weight, at::ScalarType dtype);
 
   /// The weights are about to change.
@@ -26,15 +27,14 @@ class AutocastCopies {
   struct Entry {
     at::Tensor copy;
     std::uint32_t version = 0;  // the weight's
-    std::uint64_t region = 0;   // where the copy was last compared with the weight
   };
-  std::uint64_t current_region(const at::Device& device, at::ScalarType dtype);
+  bool is_new_region(const at::Device& device, at::ScalarType dtype);
+  void forget_copies();
 
   std::mutex mutex_;
   std::vector<Entry> entries_;
   at::Tensor probe_;       // one element, which torch's cache holds a copy of
   at::Tensor probe_copy_;  // that copy, in the newest region
-  std::uint64_t region_ = 0;
 };
 
 }  // namespace torch_ext
