@@ -34,4 +34,12 @@ for capability in default avx2 avx512 avx512_bf16; do
 done
 
 step "pytest"
-python -m pytest "$@"
+if [[ $# != 0 ]]; then
+  python -m pytest "$@"
+  exit
+fi
+# A process for each core, whole files to each. Threads that wait give their core to the others.
+GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-0} \
+  python -m pytest --numprocesses "$(nproc)" --dist loadfile tests/python
+# One after the other: these build, with as many compilers as there are cores.
+python -m pytest tests/packaging

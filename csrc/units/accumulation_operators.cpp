@@ -1,4 +1,6 @@
-// The mini-batch operators, and the packing of what they train on. One translation unit (csrc/README.md).
+// The mini-batch operators, and the packing of what they train on. One translation unit
+// (csrc/README.md).
+#include "ops/data/pack_sequences.cpp"
 #include "ops/gradient_accumulation/accumulation_checks.cpp"
 #include "ops/gradient_accumulation/accumulation_meta.cpp"
 #include "ops/gradient_accumulation/accumulation_mutation.cpp"
@@ -11,4 +13,3 @@
 #include "ops/gradient_accumulation/memory_overlap.cpp"
 #include "ops/gradient_accumulation/optimizer_step_cpu.cpp"
 #include "ops/gradient_accumulation/weight_gradient_cpu.cpp"
-#include "ops/data/pack_sequences.cpp"
